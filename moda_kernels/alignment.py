@@ -1,0 +1,283 @@
+"""Duplex alignment (MODA Eq. 5-6): keys into the space of the other modalities.
+
+`DuplexAligner` and `released_key_map` make maps (`keymap.py`, `causal.py`) from Gram matrices; `align_keys` applies
+them; `modality_gram` and `gram_affinity` are for those who want the matrices themselves.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from moda_kernels import checks, ops
+from moda_kernels.causal import CausalMap
+from moda_kernels.keymap import KeyMap, ModalityMap, compute_dtype, fused_matrix, normed, released_unit
+from moda_kernels.layout import ModalityLayout, segment_modalities
+
+FUSIONS = ("add", "linear", "concat")
+NORMS = ("row", "frobenius")
+SCOPES = ("sequence", "causal")
+
+
+def as_layout(layout: ModalityLayout | Tensor, num_modalities: int | None = None) -> ModalityLayout:
+    """A layout as it is, or made from modality ids ``[B, L]``."""
+    if isinstance(layout, ModalityLayout):
+        return layout
+    if not isinstance(layout, Tensor):
+        raise checks.wrong_type("layout", "a ModalityLayout or a tensor of modality ids [B, L]", layout)
+    if layout.dim() != 2:
+        raise checks.wrong_value(
+            "layout", "a ModalityLayout, or modality ids [B, L] (packed: call segment_modalities)", layout
+        )
+    return segment_modalities(layout, num_modalities=num_modalities)
+
+
+def to_tokens(name: str, x: Tensor, layout: ModalityLayout) -> Tensor:
+    """``[B, H, L, D]`` or packed ``[T, H, D]`` → ``[tokens, H, D]``, checked against the layout."""
+    checks.float_tensor(name, x)
+    checks.same_device(name, x, layout.device, "the layout")
+    if layout.packed:
+        if x.dim() != 3 or x.shape[0] != layout.num_tokens:
+            raise checks.wrong_value(name, f"[T, H, D] with T = {layout.num_tokens}, as the packed layout", x)
+        return x
+    batch, length = layout.modality.shape
+    if x.dim() != 4 or x.shape[0] != batch or x.shape[2] != length:
+        raise checks.wrong_value(name, f"[B, H, L, D] with B = {batch} and L = {length}, as the layout", x)
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def from_tokens(x: Tensor, layout: ModalityLayout) -> Tensor:
+    """``[tokens, H, D]`` → the layout's own shape."""
+    return x if layout.packed else x.unflatten(0, tuple(layout.modality.shape)).transpose(1, 2)
+
+
+class DuplexAligner(nn.Module):
+    """Maps the keys of each modality into the space of the others (MODA Eq. 5-6: the V-Aligner and T-Aligner).
+
+    A fresh aligner changes nothing (ρ = 0, W = I or [I 0]), so a pretrained model can be given one.
+
+    Args:
+        head_dim: D.
+        num_modalities: M.
+        fusion: how mapped keys k̂ and keys meet. "add": k + ρ ⊙ k̂; "linear": (k + ρ ⊙ k̂) Wᵀ; "concat": [k ; k̂] Wᵀ
+            (the paper's best, table 1c).
+        norm: "row" (each row of the Gram matrix by its L2 norm, as released) or "frobenius".
+        scope: "sequence": Gram sums over the whole sequence (the paper; under a causal mask it lets keys look ahead);
+            "causal": over earlier tokens only (for training with a causal loss, and for decoding).
+        aligned: the modalities whose keys are mapped. Default: all.
+
+    Attributes:
+        ratio: ρ ``[M, D]`` (add, linear). weight: W ``[M, D, D]`` (linear) or ``[M, D, 2D]`` (concat).
+
+    Raises:
+        ValueError, TypeError: for arguments other than these.
+    """
+
+    ratio: nn.Parameter | None
+    weight: nn.Parameter | None
+
+    def __init__(
+        self,
+        head_dim: int,
+        num_modalities: int,
+        *,
+        fusion: str = "add",
+        norm: str = "row",
+        scope: str = "sequence",
+        aligned: Iterable[int] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.head_dim = checks.integer("head_dim", head_dim, 1)
+        self.num_modalities = checks.integer("num_modalities", num_modalities, 1)
+        self.fusion = checks.choice("fusion", fusion, FUSIONS)
+        self.norm = checks.choice("norm", norm, NORMS)
+        self.scope = checks.choice("scope", scope, SCOPES)
+        everything = range(num_modalities) if aligned is None else aligned
+        self.aligned = checks.modality_indices("aligned", everything, num_modalities)
+        self.register_parameter("ratio", None)
+        self.register_parameter("weight", None)
+        if fusion != "concat":
+            self.ratio = nn.Parameter(torch.empty(num_modalities, head_dim, device=device, dtype=dtype))
+        if fusion != "add":
+            width = head_dim if fusion == "linear" else 2 * head_dim
+            self.weight = nn.Parameter(torch.empty(num_modalities, head_dim, width, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """To the start at which the aligner changes nothing."""
+        if self.ratio is not None:
+            self.ratio.zero_()
+        if self.weight is not None:
+            identity = torch.eye(self.head_dim, self.weight.shape[-1])
+            self.weight.copy_(identity.expand_as(self.weight))
+
+    def forward(self, key: Tensor, layout: ModalityLayout | Tensor) -> KeyMap:
+        """The map for these keys.
+
+        Args:
+            key: ``[B, Hkv, L, D]``, packed ``[T, Hkv, D]``, after rotary embedding, any float dtype.
+            layout: their layout (or modality ids ``[B, L]``).
+
+        Returns:
+            A :class:`KeyMap`, differentiable in key and the parameters.
+        """
+        layout = as_layout(layout, self.num_modalities)
+        if layout.num_modalities != self.num_modalities:
+            raise checks.wrong_value(
+                "layout", f"{self.num_modalities} modalities, as the aligner", layout.num_modalities
+            )
+        tokens = to_tokens("key", key, layout)
+        if tokens.shape[-1] != self.head_dim:
+            raise checks.wrong_value("key", f"head size {self.head_dim}, as the aligner", key)
+        for name, parameter in self.named_parameters():
+            checks.same_device(f"the aligner's {name}", parameter, key.device, "key")
+        if self.scope == "causal":
+            return CausalMap(tokens, layout, self.ratio, self.weight, self.fusion, self.norm, self.aligned)
+        return self._sequence_map(tokens, layout)
+
+    def _sequence_map(self, tokens: Tensor, layout: ModalityLayout) -> ModalityMap:
+        dtype = compute_dtype(tokens)
+        sequences, modalities = layout.counts.shape
+        with torch.autocast(tokens.device.type, enabled=False):
+            gram = ops.segment_gram(tokens, tokens, layout.groups("modality"), sequences * modalities)
+            gram = gram.unflatten(0, (sequences, modalities))
+            # Sum the others: total minus own loses digits that the norm then amplifies.
+            others = [[b for b in range(modalities) if b != a] for a in range(modalities)]
+            rest = torch.stack([gram[:, other].sum(1) for other in others], 1)
+            ratio, weight = (None if p is None else p.to(dtype) for p in (self.ratio, self.weight))
+            matrix = fused_matrix(normed(rest, self.norm), ratio, weight, self.fusion)
+        aligned = torch.tensor([m in self.aligned for m in range(modalities)], device=tokens.device)
+        mapped = (layout.counts.sum(1, keepdim=True) > layout.counts) & aligned
+        identity = torch.eye(self.head_dim, dtype=dtype, device=tokens.device)
+        return ModalityMap(torch.where(mapped[..., None, None, None], matrix, identity), mapped)
+
+    def extra_repr(self) -> str:
+        return (
+            f"head_dim={self.head_dim}, num_modalities={self.num_modalities}, fusion={self.fusion!r}, "
+            f"norm={self.norm!r}, scope={self.scope!r}, aligned={self.aligned}"
+        )
+
+
+def align_keys(key: Tensor, key_map: KeyMap, layout: ModalityLayout | Tensor) -> Tensor:
+    """The fused keys k', written out (MODA Eq. 6).
+
+    Args:
+        key: ``[B, Hkv, L, D]``, packed ``[T, Hkv, D]``.
+        key_map: from a :class:`DuplexAligner` or :func:`released_key_map`, made with the same layout.
+        layout: the keys' layout (or modality ids ``[B, L]``).
+
+    Returns:
+        Keys of the same shape and dtype; those that are not mapped are returned bit for bit.
+
+    Raises:
+        ValueError, TypeError: keys, map and layout that don't fit each other.
+    """
+    layout = as_layout(layout)
+    tokens = to_tokens("key", key, layout)
+    if not isinstance(key_map, KeyMap):
+        raise checks.wrong_type("key_map", "a KeyMap (call the aligner on the keys)", key_map)
+    key_map.check(layout, *tokens.shape[1:])
+    return from_tokens(key_map.align(tokens, layout), layout)
+
+
+def released_key_map(
+    key: Tensor,
+    value: Tensor,
+    layout: ModalityLayout | Tensor,
+    ratio: Tensor,
+    weight: Tensor,
+    *,
+    vision: int = 1,
+    text: int = 0,
+) -> KeyMap:
+    """The alignment of the authors' released weights (spec: "Release variant"): vision keys only, through the text's
+    normed Gram of unit keys against *values*; k' = (k + r ⊙ (u Ĝ)) Wᵀ.
+
+    Args:
+        key, value: ``[B, Hkv, L, D]``, packed ``[T, Hkv, D]``, of equal shape; keys after the rotary embedding.
+        layout: their layout (or modality ids ``[B, L]``).
+        ratio: the release's ``ratio_v``, ``[D]`` or ``[1, 1, D]``. weight: its ``pfuser_v``, ``[D, D]``.
+        vision, text: the two modalities.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices other than these.
+    """
+    layout = as_layout(layout)
+    keys, values = to_tokens("key", key, layout), to_tokens("value", value, layout)
+    checks.shape("value", values, keys.shape, "of key (tokens, heads, head size)")
+    dim, modalities = keys.shape[-1], layout.num_modalities
+    for name, modality in (("vision", vision), ("text", text)):
+        checks.integer(name, modality, 0)
+    if vision == text:
+        raise checks.wrong_value("vision", "another modality than text", vision)
+    checks.float_tensor("ratio", ratio)
+    if tuple(ratio.shape) not in ((dim,), (1, 1, dim)):
+        raise checks.wrong_value("ratio", f"[D] = ({dim},) or [1, 1, D]", ratio)
+    checks.shape("weight", checks.float_tensor("weight", weight), (dim, dim), "[D, D]")
+    for name, parameter in (("ratio", ratio), ("weight", weight)):
+        checks.same_device(name, parameter, keys.device, "key")
+
+    dtype = compute_dtype(keys, values)
+    wide = keys.to(dtype)
+    identity = torch.eye(dim, dtype=dtype, device=keys.device)
+    of_vision = torch.arange(modalities, device=keys.device) == vision
+    sequence = layout.sequence.flatten().long()
+    text_group = torch.where(layout.modality.flatten() == text, sequence, -1)
+    with torch.autocast(keys.device.type, enabled=False):
+        gram = normed(ops.segment_gram(released_unit(wide), values.to(dtype), text_group, layout.num_sequences), "row")
+        turned = weight.to(dtype).T
+        unit = (gram * ratio.to(dtype).flatten()) @ turned
+    # A layout without the modality `text` has no text tokens: nothing is mapped.
+    has_text = layout.counts[:, text] > 0 if text < modalities else torch.zeros_like(layout.counts[:, 0]) > 0
+    mapped = has_text[:, None] & of_vision
+    where = mapped[..., None, None, None]
+    matrix = torch.where(where, turned, identity).expand(-1, -1, keys.shape[1], -1, -1)
+    return ModalityMap(matrix, mapped, torch.where(where, unit[:, None], 0))
+
+
+def modality_gram(x: Tensor, y: Tensor, layout: ModalityLayout | Tensor, by: str = "modality") -> Tensor:
+    """Gram matrices Σ x_tᵀ y_t per modality or segment and head (MODA Eq. 5).
+
+    Args:
+        x: ``[B, H, L, D]``, packed ``[T, H, D]``. y: the same with size E (pass x twice for the Gram basis).
+        layout: their layout (or modality ids ``[B, L]``).
+        by: "modality" or "segment".
+
+    Returns:
+        ``[N, M, H, D, E]``, or ``[S, H, D, E]`` with S the layout's ``max_segments``; float32, float64 for float64.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that don't fit.
+    """
+    layout = as_layout(layout)
+    checks.choice("by", by, ("modality", "segment"))
+    xs, ys = to_tokens("x", x, layout), to_tokens("y", y, layout)
+    checks.shape("y", ys[..., 0], xs.shape[:2], "of x but for its last axis (tokens, heads)")
+    groups = layout.counts.numel() if by == "modality" else layout.max_segments
+    gram = ops.segment_gram(xs, ys, layout.groups(by), groups)
+    return gram.unflatten(0, tuple(layout.counts.shape)) if by == "modality" else gram
+
+
+def gram_affinity(gram: Tensor, norm: str = "row") -> Tensor:
+    """How alike the modalities' normed Gram matrices are (the paper's conditional mask, "Attn." of table 1d).
+
+    Args:
+        gram: ``[N, M, H, D, E]``, from :func:`modality_gram` by modality.
+        norm: as in :class:`DuplexAligner`.
+
+    Returns:
+        ``[N, H, M, M]`` cosines ⟨Ĝ[a], Ĝ[b]⟩ / (‖Ĝ[a]‖ ‖Ĝ[b]‖), 0 where a Gram is 0. For use as ``pair_bias`` repeat to
+        query heads and multiply by a learned strength; it looks ahead as the sequence scope does.
+
+    Raises:
+        ValueError, TypeError: another rank or norm.
+    """
+    checks.float_tensor("gram", gram)
+    checks.choice("norm", norm, NORMS)
+    if gram.dim() != 5:
+        raise checks.wrong_value("gram", "[N, M, H, D, E]", gram)
+    flat = normed(normed(gram, norm).flatten(-2)[..., None, :], "frobenius")[..., 0, :].transpose(1, 2)
+    return flat @ flat.transpose(-1, -2)

@@ -1,0 +1,162 @@
+"""`moda_attention`: MODA attention behind the signature of torch's scaled_dot_product_attention."""
+
+from typing import Literal, overload
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from moda_kernels import backends
+from moda_kernels.call import AttentionCall
+from moda_kernels.keymap import KeyMap
+from moda_kernels.layout import ModalityLayout
+from moda_kernels.mask import ModularMask
+from moda_kernels.pseudo import PseudoAttention
+
+Weight = float | Tensor
+
+
+@overload
+def moda_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    layout: ModalityLayout | Tensor | None = None,
+    mask: ModularMask | None = None,
+    key_map: KeyMap | None = None,
+    pair_bias: Tensor | None = None,
+    pseudo: PseudoAttention | None = None,
+    duplex: str = "joint",
+    branch_weights: tuple[Weight, Weight] | None = None,
+    query_start: int | Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    return_lse: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def moda_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    layout: ModalityLayout | Tensor | None = None,
+    mask: ModularMask | None = None,
+    key_map: KeyMap | None = None,
+    pair_bias: Tensor | None = None,
+    pseudo: PseudoAttention | None = None,
+    duplex: str = "joint",
+    branch_weights: tuple[Weight, Weight] | None = None,
+    query_start: int | Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    return_lse: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def moda_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    layout: ModalityLayout | Tensor | None = None,
+    mask: ModularMask | None = None,
+    key_map: KeyMap | None = None,
+    pair_bias: Tensor | None = None,
+    pseudo: PseudoAttention | None = None,
+    duplex: str = "joint",
+    branch_weights: tuple[Weight, Weight] | None = None,
+    query_start: int | Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""MODA attention (arXiv 2507.04635, Eq. 5-10); without modality arguments exactly torch SDPA.
+
+    .. math:: O_i = \frac{\sum_{j \in V(i)} e^{s_{ij}} v_j}{\sum_{j \in V(i)} e^{s_{ij}} + P_i}, \quad
+              s_{ij} = \tau^{-1} q_i \cdot k'_j + bias[m_i, m_j] + attn\_mask_{ij}
+
+    Shapes: N sequences (B rows, or documents), M modalities, Hq query heads, Hkv key heads (Hq a multiple of Hkv),
+    D and E the key and value head sizes. Batch layouts take 4-D tensors (torch SDPA's shapes), packed layouts 3-D ones
+    (FlashAttention's varlen shapes). query, key and value have one dtype (any floating-point one) and one device;
+    softmax, lse and Gram sums are computed in float32 (float64 for float64).
+
+    Args:
+        query: ``[B, Hq, Lq, D]``, packed ``[Tq, Hq, D]``.
+        key: ``[B, Hkv, L, D]``, packed ``[T, Hkv, D]``, not aligned (``key_map`` does that).
+        value: ``[B, Hkv, L, E]``, packed ``[T, Hkv, E]``.
+        attn_mask: as in torch SDPA: bool (True: take part) or float (added to the scores), broadcast to
+            ``[B, Hq, Lq, L]``; on top of ``mask``. Not with packed layouts.
+        dropout_p: with modality arguments only 0.0.
+        is_causal: without ``mask``: a causal mask in place of a full one.
+        scale: τ⁻¹. Default: 1/√D.
+        enable_gqa: True where Hq and Hkv differ.
+        layout: the keys' :class:`ModalityLayout`, or modality ids ``[B, L]`` (segmented by the call).
+        mask: who sees whom (Eq. 7-8). Default: full, or causal with ``is_causal``.
+        key_map: from a :class:`DuplexAligner` (Eq. 5-6) or :func:`released_key_map`, made for these keys.
+        pair_bias: float ``[N or 1, Hq or 1, M, M]``: added to the scores of (query modality, key modality).
+        pseudo: pseudo-attention scores (Eq. 9-10).
+        duplex: "joint": one softmax (as released); "split": one over keys of the query's modality and one over the
+            others, added with ``branch_weights`` (Eq. 7-8 as written).
+        branch_weights: (self, cross), each a float or ``[Hq]``. Default: (1, 1).
+        query_start: with fewer queries than keys (a KV cache), the key column of query 0: an int, or an integer tensor
+            ``[N]``. Default: the queries are the last columns.
+        cu_seqlens_q: packed layouts with fewer queries than keys: int32 ``[N + 1]``, each document's query rows, which
+            are its last tokens.
+        return_lse: also return the log of the softmax sums (natural log, pseudo scores included, differentiable).
+        backend: a backend's name, or "auto". Default: see :func:`use_backend`.
+
+    Returns:
+        The output in the query's dtype: ``[B, Hq, Lq, E]``, packed ``[Tq, Hq, E]``. A padding query gives 0; a row that
+        sees nothing gives 0. With ``return_lse`` also lse ``[B, Hq, Lq]``, packed ``[Hq, Tq]``, in float32 (float64);
+        with "split" one more axis of 2 (self, cross).
+
+    Raises:
+        ValueError, TypeError: arguments that don't fit each other, before any work; modality arguments or
+            ``return_lse`` without a layout.
+        NotImplementedError: a combination that no backend (or not the one named) can run, with every reason.
+    """
+    modal = (mask, key_map, pair_bias, pseudo, branch_weights, query_start, cu_seqlens_q)
+    if layout is None and not return_lse and duplex == "joint" and all(argument is None for argument in modal):
+        if backend is not None:
+            backends.named_backend(backend)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    call = AttentionCall.make(
+        query,
+        key,
+        value,
+        attn_mask,
+        dropout_p,
+        is_causal,
+        scale,
+        enable_gqa,
+        layout=layout,
+        mask=mask,
+        key_map=key_map,
+        pair_bias=pair_bias,
+        pseudo=pseudo,
+        duplex=duplex,
+        branch_weights=branch_weights,
+        query_start=query_start,
+        cu_seqlens_q=cu_seqlens_q,
+    )
+    out, lse = backends.choose(call, backend).attend(call)
+    return (call.poisoned(out), call.poisoned(lse)) if return_lse else call.poisoned(out)

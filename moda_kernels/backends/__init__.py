@@ -1,0 +1,95 @@
+"""Backends: one room each, one small contract, and the one place where a call is given to one of them.
+
+To add a backend: write its module with an object that has the four members of `Backend`, and name it in `BACKENDS`.
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Protocol
+
+from torch import Tensor
+
+from moda_kernels import checks
+from moda_kernels.backends.reference import ReferenceBackend
+from moda_kernels.call import AttentionCall
+
+log = logging.getLogger("moda_kernels")
+
+#: Names a backend for the whole process, as `use_backend` does for a block.
+ENVIRONMENT = "MODA_KERNELS_BACKEND"
+
+
+class Backend(Protocol):
+    """What a backend has to offer."""
+
+    name: str
+
+    def why_absent(self) -> list[str]:
+        """Every reason why it can run nothing on this machine; empty if it can."""
+
+    def why_not(self, call: AttentionCall) -> list[str]:
+        """Every reason why it can't run this call; empty if it can."""
+
+    def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        """Output and lse, as `moda_kernels.reference.attend`; differentiable in every float tensor of the call."""
+
+
+#: In the order in which `auto` asks them.
+BACKENDS: dict[str, Backend] = {b.name: b for b in (ReferenceBackend(),)}
+
+_named: ContextVar[str | None] = ContextVar("moda_kernels_backend", default=None)
+_told: set[tuple[str, ...]] = set()
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the block, `moda_attention` runs on this backend or raises, saying every reason.
+
+    Args:
+        name: a backend's name, or "auto" for the first that can run the call.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    token = _named.set(_known("use_backend", name))
+    try:
+        yield
+    finally:
+        _named.reset(token)
+
+
+def choose(call: AttentionCall, name: str | None) -> Backend:
+    """The backend for a call: the one named by the argument, `use_backend` or the environment; else the first that can.
+
+    Raises:
+        ValueError: an unknown name. NotImplementedError: it can't run the call; the message has every reason.
+    """
+    name = named_backend(name)
+    refused = []
+    for backend in BACKENDS.values() if name == "auto" else [BACKENDS[name]]:
+        reasons = backend.why_absent() or backend.why_not(call)
+        if not reasons:
+            _tell_once(backend.name, refused)
+            return backend
+        refused += [f"{backend.name}: {reason}" for reason in reasons]
+    raise NotImplementedError(f"backend {name!r} can't run this call: " + "; ".join(refused))
+
+
+def named_backend(name: str | None = None) -> str:
+    """The backend asked for: by the argument, else by `use_backend`, else by the environment, else "auto"."""
+    if name is not None:
+        return _known("backend", name)
+    return _named.get() or _known(ENVIRONMENT, os.environ.get(ENVIRONMENT) or "auto")
+
+
+def _known(argument: str, name: str) -> str:
+    return checks.choice(argument, name, ("auto", *BACKENDS))
+
+
+def _tell_once(chosen: str, refused: list[str]) -> None:
+    if refused and (chosen, *refused) not in _told:
+        _told.add((chosen, *refused))
+        log.warning("moda_attention runs on the %s backend (%s)", chosen, "; ".join(refused))

@@ -1,0 +1,19 @@
+"""The specification as a backend: runs everything, everywhere, in O(L²) memory."""
+
+from torch import Tensor
+
+from moda_kernels import reference
+from moda_kernels.call import AttentionCall
+
+
+class ReferenceBackend:
+    name = "reference"
+
+    def why_absent(self) -> list[str]:
+        return []
+
+    def why_not(self, call: AttentionCall) -> list[str]:
+        return []
+
+    def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        return reference.attend(call)

@@ -1,0 +1,222 @@
+"""One attention call: every argument checked, defaults filled in, ready for any backend."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moda_kernels import checks
+from moda_kernels.alignment import as_layout
+from moda_kernels.keymap import KeyMap
+from moda_kernels.layout import ModalityLayout, QueryRows
+from moda_kernels.mask import ModularMask
+from moda_kernels.pseudo import PseudoAttention
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """What a backend gets: the arguments of :func:`moda_kernels.moda_attention`, checked and complete.
+
+    Attributes:
+        query, key, value: ``[B, H, L, D]``, packed ``[T, H, D]``; one dtype, one device. ``key`` is not aligned yet.
+        layout: of the keys. queries: where the queries stand among them.
+        scale: τ⁻¹.
+        branch_weights: (self, cross), each a float or ``[Hq]``; used where ``split``.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    layout: ModalityLayout
+    queries: QueryRows
+    mask: ModularMask
+    scale: float
+    attn_mask: Tensor | None
+    key_map: KeyMap | None
+    pair_bias: Tensor | None
+    pseudo: PseudoAttention | None
+    split: bool
+    branch_weights: tuple[float | Tensor, float | Tensor]
+
+    @property
+    def head_axis(self) -> int:
+        return 1
+
+    @property
+    def query_heads(self) -> int:
+        return self.query.shape[1]
+
+    @property
+    def key_heads(self) -> int:
+        return self.key.shape[1]
+
+    @classmethod
+    def make(
+        cls,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        *,
+        layout: ModalityLayout | Tensor | None = None,
+        mask: ModularMask | None = None,
+        key_map: KeyMap | None = None,
+        pair_bias: Tensor | None = None,
+        pseudo: PseudoAttention | None = None,
+        duplex: str = "joint",
+        branch_weights: tuple[float | Tensor, float | Tensor] | None = None,
+        query_start: int | Tensor | None = None,
+        cu_seqlens_q: Tensor | None = None,
+    ) -> "AttentionCall":
+        """Check the arguments of `moda_attention` (which documents them) before any work."""
+        if layout is None:
+            raise checks.wrong_value(
+                "layout", "a ModalityLayout or modality ids for a call with modality arguments", None
+            )
+        if mask is not None and not isinstance(mask, ModularMask):
+            raise checks.wrong_type("mask", "a ModularMask", mask)
+        if mask is not None and is_causal:
+            raise ValueError("is_causal and mask: expected one of them, got both (the mask says what is causal)")
+        layout = as_layout(layout, None if mask is None else mask.num_modalities)
+        query, key, value = _autocast(query, key, value)
+        _check_shapes(query, key, value, layout, enable_gqa)
+        queries = layout.queries(query.shape[0] if layout.packed else query.shape[2], query_start, cu_seqlens_q)
+        if mask is None:
+            mask = (ModularMask.causal if is_causal else ModularMask.full)(layout.num_modalities)
+        mask.check_layout(layout)
+        heads = query.shape[1]
+        if not isinstance(dropout_p, int | float) or not 0 <= dropout_p <= 1:
+            raise checks.wrong_value("dropout_p", "a probability", dropout_p)
+        if dropout_p > 0:
+            raise NotImplementedError(
+                f"dropout_p={dropout_p} together with modality arguments: use dropout_p=0.0, or dropout on the output"
+            )
+        if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float)):
+            raise checks.wrong_type("scale", "a float or None", scale)
+        if scale is not None and not math.isfinite(scale):
+            raise checks.wrong_value("scale", "a finite number", scale)
+        checks.choice("duplex", duplex, ("joint", "split"))
+        if branch_weights is not None and duplex == "joint":
+            raise checks.wrong_value("branch_weights", "None unless duplex='split'", "weights with duplex='joint'")
+        if key_map is not None:
+            if not isinstance(key_map, KeyMap):
+                raise checks.wrong_type("key_map", "a KeyMap (call the aligner on the keys)", key_map)
+            key_map.check(layout, key.shape[1], key.shape[-1])
+        if attn_mask is not None:
+            _check_attn_mask(attn_mask, query, key, layout)
+        if pair_bias is not None:
+            _check_pair_bias(pair_bias, layout, heads)
+        if pseudo is not None:
+            if not isinstance(pseudo, PseudoAttention):
+                raise checks.wrong_type("pseudo", "a PseudoAttention", pseudo)
+            for name, parameter in pseudo.parameters.items():
+                _check_per_head(f"pseudo.{name}", parameter, heads, layout.device)
+        return cls(
+            query=query,
+            key=key,
+            value=value,
+            layout=layout,
+            queries=queries,
+            mask=mask,
+            scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
+            attn_mask=attn_mask,
+            key_map=key_map,
+            pair_bias=pair_bias,
+            pseudo=pseudo,
+            split=duplex == "split",
+            branch_weights=_checked_branch_weights(branch_weights, heads, layout.device),
+        )
+
+    def poisoned(self, result: Tensor) -> Tensor:
+        """NaN everywhere where the layout, on CUDA, turned out to have more segments than it has room for."""
+        overflow = self.layout.overflow
+        return result if overflow is None else torch.where(overflow, float("nan"), result)
+
+
+def _autocast(*tensors: Tensor) -> list[Tensor]:
+    """Under autocast, what torch SDPA does: float tensors (but float64) in the autocast dtype."""
+    for name, t in zip(("query", "key", "value"), tensors, strict=True):
+        checks.float_tensor(name, t)
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(kind)
+    return [t if t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+
+
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor, layout: ModalityLayout, enable_gqa: bool) -> None:
+    axes = "[T, H, D]" if layout.packed else "[B, H, L, D]"
+    kind = "a packed" if layout.packed else "a batch"
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        if t.dim() != (3 if layout.packed else 4):
+            raise checks.wrong_value(name, f"{axes} with {kind} layout", t)
+        if t.dtype != query.dtype:
+            raise checks.wrong_type(name, f"{query.dtype}, as query", t)
+        checks.same_device(name, t, layout.device, "the layout")
+    tokens, heads = (0, 1) if layout.packed else (2, 1)
+    expected = layout.num_tokens if layout.packed else layout.modality.shape[1]
+    for name, t in (("key", key), ("value", value)):
+        if t.shape[tokens] != expected or (not layout.packed and t.shape[0] != layout.modality.shape[0]):
+            raise checks.wrong_value(name, f"{axes} for a layout of shape {tuple(layout.modality.shape)}", t)
+    if not layout.packed and query.shape[0] != key.shape[0]:
+        raise checks.wrong_value("query", f"a batch of {key.shape[0]}, as key", query)
+    if value.shape[heads] != key.shape[heads]:
+        raise checks.wrong_value("value", f"{key.shape[heads]} heads, as key", value)
+    if query.shape[-1] != key.shape[-1] or query.shape[-1] < 1:
+        raise checks.wrong_value("query", f"the head size of key ({key.shape[-1]}), at least 1", query)
+    q_heads, k_heads = query.shape[heads], key.shape[heads]
+    if q_heads != k_heads and not enable_gqa:
+        raise checks.wrong_value("enable_gqa", f"True for {q_heads} query and {k_heads} key heads", enable_gqa)
+    if k_heads == 0 or q_heads % k_heads:
+        raise checks.wrong_value("query", f"a multiple of the {k_heads} key heads", f"{q_heads} heads")
+
+
+def _check_attn_mask(attn_mask: Tensor, query: Tensor, key: Tensor, layout: ModalityLayout) -> None:
+    checks.tensor("attn_mask", attn_mask)
+    if layout.packed:
+        raise checks.wrong_value("attn_mask", "None with a packed layout", attn_mask)
+    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+        raise checks.wrong_type("attn_mask", "a bool or floating-point tensor", attn_mask)
+    full = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    fits = attn_mask.dim() <= 4 and all(
+        n in (1, m) for n, m in zip(reversed(attn_mask.shape), reversed(full), strict=False)
+    )
+    if not fits:
+        raise checks.wrong_value("attn_mask", f"a shape that broadcasts to [B, Hq, Lq, Lk] = {full}", attn_mask)
+    checks.same_device("attn_mask", attn_mask, layout.device, "the layout")
+
+
+def _check_pair_bias(pair_bias: Tensor, layout: ModalityLayout, heads: int) -> None:
+    checks.float_tensor("pair_bias", pair_bias)
+    n, m = layout.num_sequences, layout.num_modalities
+    sizes = tuple(pair_bias.shape)
+    if len(sizes) != 4 or sizes[0] not in (1, n) or sizes[1] not in (1, heads) or sizes[2:] != (m, m):
+        raise checks.wrong_value("pair_bias", f"[N or 1, Hq or 1, M, M] with N, Hq, M = {n}, {heads}, {m}", pair_bias)
+    checks.same_device("pair_bias", pair_bias, layout.device, "the layout")
+
+
+def _check_per_head(name: str, value: Any, heads: int, device: torch.device) -> None:
+    """A finite float, or a tensor ``[Hq]``."""
+    if isinstance(value, Tensor):
+        checks.shape(name, checks.float_tensor(name, value), (heads,), "[Hq]")
+        checks.same_device(name, value, device, "the layout")
+    elif isinstance(value, bool) or not isinstance(value, int | float):
+        raise checks.wrong_type(name, "a float or a tensor [Hq]", value)
+    elif not math.isfinite(value):
+        raise checks.wrong_value(name, "a finite number", value)
+
+
+def _checked_branch_weights(weights: Any, heads: int, device: torch.device) -> tuple[float | Tensor, float | Tensor]:
+    if weights is None:
+        return 1.0, 1.0
+    if isinstance(weights, Tensor) or not isinstance(weights, tuple | list) or len(weights) != 2:
+        raise checks.wrong_value("branch_weights", "a pair (self, cross)", weights)
+    for name, weight in zip(("self", "cross"), weights, strict=True):
+        _check_per_head(f"branch_weights ({name})", weight, heads, device)
+    return weights[0], weights[1]

@@ -1,0 +1,79 @@
+"""Argument checks shared by every public function: one wording, one place.
+
+Every message names the argument, what was expected and what came.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+INTEGER_DTYPES = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
+
+
+def describe(value: Any) -> str:
+    """Short description of a value for an error message."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}, {value.dtype}, {value.device}"
+    return f"{value!r} ({type(value).__name__})"
+
+
+def wrong_value(name: str, expected: str, got: Any) -> ValueError:
+    return ValueError(f"{name}: expected {expected}, got {got if isinstance(got, str) else describe(got)}")
+
+
+def wrong_type(name: str, expected: str, got: Any) -> TypeError:
+    return TypeError(f"{name}: expected {expected}, got {describe(got)}")
+
+
+def tensor(name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise wrong_type(name, "a tensor", value)
+    return value
+
+
+def integer_tensor(name: str, value: Any) -> Tensor:
+    if tensor(name, value).dtype not in INTEGER_DTYPES:
+        raise wrong_type(name, "an integer tensor", value)
+    return value
+
+
+def float_tensor(name: str, value: Any) -> Tensor:
+    if not tensor(name, value).is_floating_point():
+        raise wrong_type(name, "a floating-point tensor", value)
+    return value
+
+
+def integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
+    # torch.SymInt is what a traced length is: it must pass, a bool must not.
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise wrong_type(name, "an int", value)
+    if value < minimum or (maximum is not None and value > maximum):
+        bound = f">= {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+        raise wrong_value(name, f"an int {bound}", value)
+    return int(value) if isinstance(value, int) else value
+
+
+def shape(name: str, value: Tensor, expected: Sequence[int], axes: str) -> None:
+    if tuple(value.shape) != tuple(expected):
+        raise wrong_value(name, f"shape {axes} = {tuple(expected)}", value)
+
+
+def same_device(name: str, value: Tensor, device: torch.device, like: str) -> None:
+    if value.device != device:
+        raise wrong_value(name, f"a tensor on {device}, where {like} is", value)
+
+
+def choice(name: str, value: Any, options: Iterable[str]) -> str:
+    options = tuple(options)
+    if value not in options:
+        raise wrong_value(name, "one of " + ", ".join(map(repr, options)), value)
+    return value
+
+
+def modality_indices(name: str, values: Iterable[int], num_modalities: int) -> tuple[int, ...]:
+    """Sorted, distinct modality indices."""
+    if isinstance(values, int) or not isinstance(values, Iterable):
+        raise wrong_type(name, "an iterable of modality indices", values)
+    return tuple(sorted({integer(f"{name} (an entry)", v, 0, num_modalities - 1) for v in values}))

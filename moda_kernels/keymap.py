@@ -1,0 +1,132 @@
+"""Maps of keys: k'_t = k_t A, one small matrix per sequence and modality (spec: "Duplex alignment").
+
+All fusions are linear in the key once the normed Gram is known. So a map is a few D×D matrices, made by plain autograd
+over small tensors from one big reduction (`ops.segment_gram`) and applied by one projection (`ops.segment_project`).
+`causal.py` holds the map of the causal scope: one matrix per segment.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moda_kernels import checks, ops
+from moda_kernels.layout import ModalityLayout
+
+#: The release adds this to every key entry before it norms the key.
+RELEASED_EPS = 1e-6
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 where any tensor is float64, else float32 (spec: arithmetic)."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def normed(gram: Tensor, norm: str) -> Tensor:
+    """Rows ("row") or whole matrices ("frobenius") divided by their L2 norm; zeros stay zero, with zero gradient."""
+    axes = (-1,) if norm == "row" else (-2, -1)
+    # The result does not depend on the size, so dividing by a constant first is exact and keeps squares in range.
+    peak = gram.detach().abs().amax(axes, keepdim=True)
+    scaled = gram / torch.where(peak > 0, peak, 1)
+    square = scaled.square().sum(axes, keepdim=True)
+    return scaled * torch.where(square > 0, square, 1).rsqrt()
+
+
+def fused_matrix(rest: Tensor, ratio: Tensor | None, weight: Tensor | None, fusion: str) -> Tensor:
+    """A of k' = k A from the normed rest R̂.
+
+    Args:
+        rest: ``[…, H, D, D]``.
+        ratio: ρ ``[…, D]`` (add, linear); weight: W ``[…, D, D]`` (linear) or ``[…, D, 2D]`` (concat).
+    """
+    dim = rest.shape[-1]
+    if fusion == "concat":
+        assert weight is not None
+        own, other = weight[..., None, :, :dim], weight[..., None, :, dim:]
+        return own.transpose(-1, -2) + rest @ other.transpose(-1, -2)
+    assert ratio is not None
+    added = torch.eye(dim, dtype=rest.dtype, device=rest.device) + rest * ratio[..., None, None, :]
+    if fusion == "add":
+        return added
+    assert weight is not None
+    return added @ weight[..., None, :, :].transpose(-1, -2)
+
+
+class KeyMap:
+    """A linear map of keys, made by a :class:`DuplexAligner` or by :func:`released_key_map`.
+
+    Applied by :func:`align_keys`, or by :func:`moda_kernels.moda_attention`, which need not write the aligned keys.
+
+    Attributes:
+        num_heads, head_dim: Hkv and D of the keys that it maps.
+    """
+
+    num_heads: int
+    head_dim: int
+
+    def check(self, layout: ModalityLayout, num_heads: int, head_dim: int) -> None:
+        """Raise a ValueError where this map is for other keys."""
+        if (self.num_heads, self.head_dim) != (num_heads, head_dim):
+            raise checks.wrong_value(
+                "key_map", f"a map for {num_heads} key heads of size {head_dim}", f"{self.num_heads} of {self.head_dim}"
+            )
+        if self.made_for != self.signature(layout):
+            raise checks.wrong_value("key_map", f"a map made with {layout!r}", f"one for {self.made_for}")
+
+    #: What of its layout a map depends on.
+    made_for: tuple[object, ...]
+
+    @staticmethod
+    def signature(layout: ModalityLayout) -> tuple[object, ...]:
+        return layout.num_sequences, layout.num_modalities, layout.device
+
+    def align(self, key: Tensor, layout: ModalityLayout) -> Tensor:
+        """Fused keys of ``[tokens, Hkv, D]``, in the same shape and dtype."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False)
+class ModalityMap(KeyMap):
+    """k'_t = k_t A[n, m] + u_t B[n, m]: one matrix per sequence and modality (scope "sequence", and the release).
+
+    Attributes:
+        matrix: A ``[N, M, Hkv, D, D]``, the identity where keys stay as they are.
+        mapped: bool ``[N, M]``, which keys are mapped.
+        unit_matrix: B of the released variant, else None; u_t is the normed key.
+    """
+
+    matrix: Tensor
+    mapped: Tensor
+    unit_matrix: Tensor | None = None
+
+    @property
+    def num_heads(self) -> int:  # type: ignore[override]
+        return self.matrix.shape[2]
+
+    @property
+    def head_dim(self) -> int:  # type: ignore[override]
+        return self.matrix.shape[3]
+
+    @property
+    def made_for(self) -> tuple[object, ...]:  # type: ignore[override]
+        return (*self.matrix.shape[:2], self.matrix.device)
+
+    @property
+    def foldable(self) -> bool:
+        """Linear in the key: q·(k A) = (q Aᵀ)·k, so a backend may fold it into the query."""
+        return self.unit_matrix is None
+
+    def align(self, key: Tensor, layout: ModalityLayout) -> Tensor:
+        group = layout.groups("modality")
+        mapped = (group >= 0) & self.mapped.flatten()[group.clamp(min=0)]
+        group = torch.where(mapped, group, -1)
+        wide = key.to(compute_dtype(key, self.matrix))
+        out = ops.segment_project(wide, self.matrix.flatten(0, 1), group)
+        if self.unit_matrix is not None:
+            out = out + ops.segment_project(released_unit(wide), self.unit_matrix.flatten(0, 1), group)
+        return torch.where(mapped[:, None, None], out.to(key.dtype), key)
+
+
+def released_unit(key: Tensor) -> Tensor:
+    """u_t = (k_t + 1e-6) / ‖k_t + 1e-6‖ (released variant)."""
+    return normed(key + RELEASED_EPS, "row")
