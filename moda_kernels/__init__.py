@@ -1,4 +1,4 @@
-"""MODA attention (MOdular Duplex Attention, arXiv 2507.04635) for multimodal models, behind the signature of torch SDPA."""
+"""MODA attention (MOdular Duplex Attention, arXiv 2507.04635) for multimodal models, in the place of torch SDPA."""
 
 from importlib.metadata import PackageNotFoundError, version
 

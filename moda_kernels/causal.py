@@ -58,17 +58,23 @@ class CausalMap(KeyMap):
 
     def align(self, key: Tensor, layout: ModalityLayout) -> Tensor:
         dtype = compute_dtype(self.source, key)
-        parameters = [p for p in (self.ratio, self.weight) if p is not None]
         with torch.autocast(key.device.type, enabled=False):
             running = key.new_zeros(layout.num_modalities, *key.shape[1:], key.shape[-1], dtype=dtype)
             out = []
             for begin in range(0, key.shape[0], self._chunk_tokens()):
                 end = min(begin + self._chunk_tokens(), key.shape[0])
-                step = (running, self.source[begin:end], key[begin:end], begin, *parameters)
                 if self._chunk_tokens() < key.shape[0] and torch.is_grad_enabled():
-                    fused, running = checkpoint(self._chunk, *step, use_reentrant=False, preserve_rng_state=False)
+                    fused, running = checkpoint(
+                        self._chunk,
+                        running,
+                        self.source[begin:end],
+                        key[begin:end],
+                        begin,
+                        use_reentrant=False,
+                        preserve_rng_state=False,
+                    )
                 else:
-                    fused, running = self._chunk(*step)
+                    fused, running = self._chunk(running, self.source[begin:end], key[begin:end], begin)
                 out.append(fused)
         return torch.cat(out) if out else key
 
@@ -89,7 +95,7 @@ class CausalMap(KeyMap):
             return max(tokens, 1)
         return max(MIN_CHUNK, tokens // dim)
 
-    def _chunk(self, running: Tensor, source: Tensor, key: Tensor, begin: int, *_: Tensor) -> tuple[Tensor, Tensor]:
+    def _chunk(self, running: Tensor, source: Tensor, key: Tensor, begin: int) -> tuple[Tensor, Tensor]:
         """Fused keys of tokens begin…, and the running Gram [M, Hkv, D, D] of the sequence in which the chunk ends.
 
         A segment may go on from the chunk before; what of it lies there is in `running`, under its own modality, which

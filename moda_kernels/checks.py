@@ -27,32 +27,35 @@ def wrong_type(name: str, expected: str, got: Any) -> TypeError:
     return TypeError(f"{name}: expected {expected}, got {describe(got)}")
 
 
-def tensor(name: str, value: Any) -> Tensor:
+def tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise wrong_type(name, "a tensor", value)
     return value
 
 
-def integer_tensor(name: str, value: Any) -> Tensor:
-    if tensor(name, value).dtype not in INTEGER_DTYPES:
+def integer_tensor(name: str, value: object) -> Tensor:
+    checked = tensor(name, value)
+    if checked.dtype not in INTEGER_DTYPES:
         raise wrong_type(name, "an integer tensor", value)
-    return value
+    return checked
 
 
-def float_tensor(name: str, value: Any) -> Tensor:
-    if not tensor(name, value).is_floating_point():
+def float_tensor(name: str, value: object) -> Tensor:
+    checked = tensor(name, value)
+    if not checked.is_floating_point():
         raise wrong_type(name, "a floating-point tensor", value)
-    return value
+    return checked
 
 
 def integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
     # torch.SymInt is what a traced length is: it must pass, a bool must not.
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
         raise wrong_type(name, "an int", value)
-    if value < minimum or (maximum is not None and value > maximum):
+    number: int = value  # type: ignore[assignment]
+    if number < minimum or (maximum is not None and number > maximum):
         bound = f">= {minimum}" if maximum is None else f"from {minimum} to {maximum}"
         raise wrong_value(name, f"an int {bound}", value)
-    return int(value) if isinstance(value, int) else value
+    return number
 
 
 def shape(name: str, value: Tensor, expected: Sequence[int], axes: str) -> None:
@@ -65,9 +68,9 @@ def same_device(name: str, value: Tensor, device: torch.device, like: str) -> No
         raise wrong_value(name, f"a tensor on {device}, where {like} is", value)
 
 
-def choice(name: str, value: Any, options: Iterable[str]) -> str:
+def choice(name: str, value: object, options: Iterable[str]) -> str:
     options = tuple(options)
-    if value not in options:
+    if not isinstance(value, str) or value not in options:
         raise wrong_value(name, "one of " + ", ".join(map(repr, options)), value)
     return value
 

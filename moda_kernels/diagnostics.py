@@ -60,8 +60,8 @@ def modal_disparity(
 ) -> ModalDisparity:
     """The paper's attention disparity of each modality (MODA Fig. 4), per sequence and head.
 
-    The paper reports relative differences (text 56.97 %, visual 62.44 % before MODA, 50.31 % and 41.01 % with it) without
-    printing their formula; here it is |own - cross| / max(own, cross) of the mean attention mass *per visible key*, so
+    The paper reports relative differences (text 56.97 %, visual 62.44 % before MODA, 50.31 % and 41.01 % with it) but
+    not their formula; here it is |own - cross| / max(own, cross) of the mean attention mass *per visible key*, so
     that a modality is not called favoured for having many tokens. A query counts where it sees keys of the kind.
 
     Args, Raises: as :func:`attention_share`.
@@ -113,7 +113,8 @@ def _mean_by_modality(x: Tensor, counted: Tensor, layout: ModalityLayout, querie
     counted = counted.transpose(1, 2).flatten(0, 1)[..., None]
     total = x.new_zeros(n * m + 1, *rows.shape[1:]).index_add_(0, group, torch.where(counted, rows, 0))
     count = x.new_zeros(n * m + 1, counted.shape[1], 1).index_add_(0, group, counted.to(x.dtype))
-    return (total / count)[:-1].unflatten(0, (n, m)).transpose(1, 2)
+    mean: Tensor = (total / count)[:-1].unflatten(0, (n, m))
+    return mean.transpose(1, 2)
 
 
 def plot_attention_share(

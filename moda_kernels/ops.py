@@ -24,7 +24,7 @@ class SegmentGram(torch.autograd.Function):
         ctx.save_for_backward(*inputs[:3])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, y, group = ctx.saved_tensors
         dx = segment_project(y, grad.transpose(-1, -2), group).to(x.dtype) if ctx.needs_input_grad[0] else None
         dy = segment_project(x, grad, group).to(y.dtype) if ctx.needs_input_grad[1] else None
@@ -43,7 +43,7 @@ class SegmentProject(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, matrix, group = ctx.saved_tensors
         dx = segment_project(grad, matrix.transpose(-1, -2), group).to(x.dtype) if ctx.needs_input_grad[0] else None
         dmatrix = None

@@ -1,11 +1,13 @@
 """MODA attention as the paper and the design's specification say it, in plain PyTorch: the oracle of every backend.
 
 To be read beside the paper (arXiv 2507.04635). Names are those of the package; any device and float dtype; autograd
-goes through everything. It writes out all scores, so it takes O(L²) memory; nothing here is clever. `segment_modalities`
-and `DuplexAligner` here are slow loops from the definitions, against which the fast ones are tested; masks, pseudo
-scores and maps are data, shared with the other backends.
+goes through everything. It writes out all scores, so it takes O(L²) memory; nothing here is clever. Layouts and fused
+keys are loops over tokens from the definitions, against which the fast ones are tested. Rules (`ModularMask`,
+`PseudoAttention`) are data that all backends share.
 """
 
+import itertools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,23 +18,30 @@ from moda_kernels.call import AttentionCall
 from moda_kernels.keymap import KeyMap, ModalityMap, compute_dtype
 from moda_kernels.layout import ModalityLayout
 
-__all__ = ["DuplexAligner", "align_keys", "moda_attention", "modality_gram", "segment_modalities"]
+__all__ = [
+    "DuplexAligner",
+    "align_keys",
+    "attention_share",
+    "gram_affinity",
+    "moda_attention",
+    "modality_gram",
+    "released_key_map",
+    "segment_modalities",
+]
 
 
 # Tokens
 
 
 def segment_modalities(
-    modality_ids: Tensor, *, item_ids: Tensor | None = None, cu_seqlens: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Segment, position and sequence of every token, by a loop over tokens on the host.
-
-    Args:
-        modality_ids, item_ids, cu_seqlens: as in :func:`moda_kernels.segment_modalities`.
-
-    Returns:
-        Three int32 tensors in the shape of ``modality_ids``.
-    """
+    modality_ids: Tensor,
+    *,
+    num_modalities: int | None = None,
+    item_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_segments: int | None = None,
+) -> ModalityLayout:
+    """:func:`moda_kernels.segment_modalities` by a loop over tokens on the host; the same arguments (not checked)."""
     ids = modality_ids.flatten().tolist()
     items = [0] * len(ids) if item_ids is None else item_ids.flatten().tolist()
     if cu_seqlens is None:
@@ -40,22 +49,46 @@ def segment_modalities(
         bounds = [row * length for row in range(rows + 1)]
     else:
         bounds = cu_seqlens.tolist()
+    m = num_modalities or max([1, *(i + 1 for i in ids)])
+
     segment, position, sequence = [-1] * len(ids), [-1] * len(ids), [-1] * len(ids)
-    segments = 0
-    for n, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    counts = [[0] * m for _ in bounds[1:]]
+    prefix, table = [[0] * m], []
+    for n, (begin, end) in enumerate(itertools.pairwise(bounds)):
         seen, last = 0, None
         for t in range(begin, end):
             sequence[t] = n
+            prefix.append(list(prefix[-1]))
             if ids[t] == -1:
                 last = None
                 continue
             if (ids[t], items[t]) != last:
-                segments += 1
+                table.append([n, t, 0, ids[t]])
             last = (ids[t], items[t])
-            segment[t], position[t] = segments - 1, seen
+            table[-1][2] += 1
+            segment[t], position[t] = len(table) - 1, seen
             seen += 1
-    shape = modality_ids.shape
-    return tuple(torch.tensor(x, dtype=torch.int32).view(shape) for x in (segment, position, sequence))  # type: ignore[return-value]
+            counts[n][ids[t]] += 1
+            prefix[-1][ids[t]] += 1
+    room = len(table) if max_segments is None else max_segments
+
+    def made(values: Any, *shape: int) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=modality_ids.device).view(*shape)
+
+    return ModalityLayout(
+        modality=modality_ids.int(),
+        segment=made(segment, *modality_ids.shape),
+        position=made(position, *modality_ids.shape),
+        sequence=made(sequence, *modality_ids.shape),
+        counts=made(counts, -1, m) if counts else made([], 0, m),
+        cu_seqlens=made(bounds, -1),
+        num_modalities=m,
+        max_segments=room,
+        num_segments=made([len(table)], 1),
+        prefix=made(prefix, -1, m),
+        table=made(table + [[0] * 4] * (room - len(table)), room, 4),
+        faults=None if modality_ids.device.type == "cpu" else made([0, 0], 2),
+    )
 
 
 # Duplex alignment, Eq. 5-6
@@ -72,8 +105,21 @@ def modality_gram(x: Tensor, y: Tensor, layout: ModalityLayout, by: str = "modal
     return gram.unflatten(0, tuple(layout.counts.shape)) if by == "modality" else gram
 
 
+def _norm(gram: Tensor, norm: str) -> Tensor:
+    """R̂: rows, or the whole matrix, divided by the L2 norm; zero stays zero."""
+    axes = (-1,) if norm == "row" else (-2, -1)
+    zero = (gram == 0).all(axes, keepdim=True) if norm == "row" else (gram == 0).flatten(-2).all(-1)[..., None, None]
+    normed: Tensor = gram / torch.where(zero, 1, gram).norm(dim=axes, keepdim=True)
+    return normed
+
+
 class DuplexAligner(alignment.DuplexAligner):
     """The aligner of the package, its fused keys computed token by token from Eq. 5-6."""
+
+    def forward(self, key: Tensor, layout: ModalityLayout | Tensor) -> KeyMap:
+        """A map that is applied by :meth:`fused_keys`."""
+        layout = alignment.as_layout(layout, self.num_modalities)
+        return _TokenMap(self, alignment.to_tokens("key", key, layout), layout)
 
     def fused_keys(self, key: Tensor, layout: ModalityLayout) -> Tensor:
         """k' of every key, in the shape of ``key``.
@@ -82,28 +128,87 @@ class DuplexAligner(alignment.DuplexAligner):
         those before t), normed; k̂ = k_t R̂; k' = k + ρ ⊙ k̂, or (k + ρ ⊙ k̂) Wᵀ, or [k ; k̂] Wᵀ.
         """
         tokens = alignment.to_tokens("key", key, layout)
+        return alignment.from_tokens(self._fused(tokens, tokens, layout), layout)
+
+    def _fused(self, source: Tensor, tokens: Tensor, layout: ModalityLayout) -> Tensor:
+        """k' of `tokens` with Gram sums over `source`, both ``[tokens, H, D]``."""
         modality, sequence = layout.modality.flatten(), layout.sequence.flatten()
-        order = torch.arange(len(tokens), device=key.device)
+        order = torch.arange(len(tokens), device=tokens.device)
+        dtype = compute_dtype(source, tokens)
         fused = []
         for t in range(len(tokens)):
-            k, m = tokens[t], int(modality[t])
+            k, m = tokens[t].to(dtype), int(modality[t])
             other = (modality >= 0) & (modality != m) & (sequence == sequence[t])
             if self.scope == "causal":
                 other = other & (order < t)
             if m not in self.aligned or not bool(other.any()):
-                fused.append(k)
+                fused.append(tokens[t])
                 continue
-            rest = torch.einsum("thd,the->hde", tokens[other], tokens[other])
-            size = rest.norm(dim=-1, keepdim=True) if self.norm == "row" else rest.norm(dim=(-2, -1), keepdim=True)
-            mapped = torch.einsum("hd,hde->he", k, torch.where(size > 0, rest / size, 0))
-            if self.fusion == "concat":
-                assert self.weight is not None
-                fused.append(torch.cat((k, mapped), -1) @ self.weight[m].T)
-                continue
-            assert self.ratio is not None
-            added = k + self.ratio[m] * mapped
-            fused.append(added if self.weight is None else added @ self.weight[m].T)
-        return alignment.from_tokens(torch.stack(fused), layout) if fused else key
+            rest = torch.einsum("thd,the->hde", source[other].to(dtype), source[other].to(dtype))
+            mapped = torch.einsum("hd,hde->he", k, _norm(rest, self.norm))
+            ratio, weight = (None if p is None else p[m].to(dtype) for p in (self.ratio, self.weight))
+            if ratio is None:  # concat
+                assert weight is not None
+                joined = torch.cat((k, mapped), -1) @ weight.T
+            else:
+                joined = k + ratio * mapped
+                joined = joined if weight is None else joined @ weight.T
+            fused.append(joined.to(tokens.dtype))
+        return torch.stack(fused) if fused else tokens
+
+
+@dataclass(frozen=True, eq=False)
+class _TokenMap(KeyMap):
+    """The map of the reference's aligner: no matrices, the definition itself."""
+
+    aligner: DuplexAligner
+    source: Tensor
+    layout: ModalityLayout
+
+    @property
+    def num_heads(self) -> int:  # type: ignore[override]
+        return self.source.shape[1]
+
+    @property
+    def head_dim(self) -> int:  # type: ignore[override]
+        return self.source.shape[2]
+
+    @property
+    def made_for(self) -> tuple[object, ...]:  # type: ignore[override]
+        return self.signature(self.layout)
+
+    def align(self, key: Tensor, layout: ModalityLayout) -> Tensor:
+        return self.aligner._fused(self.source, key, layout)
+
+
+def released_key_map(
+    key: Tensor,
+    value: Tensor,
+    layout: ModalityLayout,
+    ratio: Tensor,
+    weight: Tensor,
+    *,
+    vision: int = 1,
+    text: int = 0,
+) -> KeyMap:
+    """The release's alignment: G = Σ over text of u_tᵀ v_t, rows normed; vision keys k' = (k + r ⊙ (u Ĝ)) Wᵀ."""
+    keys, values = alignment.to_tokens("key", key, layout), alignment.to_tokens("value", value, layout)
+    dtype = compute_dtype(keys, values)
+    shifted = keys.to(dtype) + 1e-6
+    unit = shifted / shifted.norm(dim=-1, keepdim=True)
+    n, m = layout.counts.shape
+    matrix = torch.eye(keys.shape[-1], dtype=dtype, device=key.device).repeat(n, m, keys.shape[1], 1, 1)
+    unit_matrix = torch.zeros_like(matrix)
+    mapped = torch.zeros(n, m, dtype=torch.bool, device=key.device)
+    for sequence in range(n):
+        texts = (layout.sequence.flatten() == sequence) & (layout.modality.flatten() == text)
+        if vision >= m or not bool(texts.any()):
+            continue
+        gram = _norm(torch.einsum("thd,the->hde", unit[texts], values[texts].to(dtype)), "row")
+        matrix[sequence, vision] = weight.to(dtype).T
+        unit_matrix[sequence, vision] = gram @ torch.diag(ratio.to(dtype).flatten()) @ weight.to(dtype).T
+        mapped[sequence, vision] = True
+    return ModalityMap(matrix, mapped, unit_matrix)
 
 
 def align_keys(key: Tensor, key_map: KeyMap, layout: ModalityLayout) -> Tensor:
@@ -120,6 +225,15 @@ def align_keys(key: Tensor, key_map: KeyMap, layout: ModalityLayout) -> Tensor:
         unit = shifted / shifted.norm(dim=-1, keepdim=True)
         fused = fused + torch.einsum("thd,thde->the", unit, key_map.unit_matrix.flatten(0, 1)[group.clamp(min=0)])
     return alignment.from_tokens(torch.where(mapped[:, None, None], fused.to(key.dtype), tokens), layout)
+
+
+def gram_affinity(gram: Tensor, norm: str = "row") -> Tensor:
+    """⟨Ĝ[a], Ĝ[b]⟩ / (‖Ĝ[a]‖ ‖Ĝ[b]‖) for every pair of modalities, 0 where a Gram is 0: ``[N, H, M, M]``."""
+    normed = _norm(gram, norm).transpose(1, 2)
+    dot = torch.einsum("nhade,nhbde->nhab", normed, normed)
+    size = dot.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+    sizes = size[..., :, None] * size[..., None, :]
+    return torch.where(sizes > 0, dot / torch.where(sizes > 0, sizes, 1), 0)
 
 
 # Modular mask and pseudo-attention, Eq. 7-10
@@ -227,3 +341,23 @@ def _softmax(score: Tensor, value: Tensor, extra: Tensor | None) -> tuple[Tensor
     total = torch.where(nothing, 1, total)
     out = (weight @ value) / total[..., None]
     return out, torch.where(nothing, float("-inf"), peak + torch.log(total))
+
+
+# Diagnostics, Fig. 2
+
+
+def attention_share(query: Tensor, key: Tensor, layout: ModalityLayout, *args: Any, **options: Any) -> Tensor:
+    """Mean over the queries of modality a of the attention mass on keys of modality b, ``[N, Hq, M, M]``."""
+    n, m = layout.counts.shape
+    one_hot = (layout.modality[..., None] == torch.arange(m, device=key.device)).to(key.dtype)
+    value = (
+        one_hot[:, None].expand(*key.shape[:2], -1) if layout.packed else one_hot[:, None].expand(*key.shape[:3], -1)
+    )
+    if args:
+        options["mask"] = args[0]
+    call = AttentionCall.make(query, key, value, layout=layout, **options)
+    mass = attend(call)[0]
+    mass = mass if layout.packed else mass.transpose(1, 2)  # [..., Lq, Hq, M]
+    modality, sequence = call.queries.of(layout.modality), call.queries.of(layout.sequence, 0)
+    rows = [[mass[(modality == a) & (sequence == i)].mean(0) for a in range(m)] for i in range(n)]
+    return torch.stack([torch.stack(row, 1) for row in rows]) if rows else mass.new_zeros(0, query.shape[1], m, m)

@@ -17,7 +17,7 @@ KeyMapMaker = Callable[[Tensor, ModalityLayout], KeyMap]
 _OPTIONS = ("mask", "key_map", "pair_bias", "pseudo", "duplex", "branch_weights", "backend")
 
 
-class replace_sdpa(TorchFunctionMode):
+class replace_sdpa(TorchFunctionMode):  # noqa: N801 - used as a function in a with statement
     """Within the block, SDPA calls whose keys fit the layout become :func:`moda_attention`; all others pass untouched.
 
     ::

@@ -26,8 +26,9 @@ _NONE = 2**31 - 1
 
 @dataclass(frozen=True, eq=False)
 class TileLists:
-    """Tile lists of one mask, layout and tile size. A tile lies in one sequence; unused rows (capacities come from sizes
-    known on the host) have 0 rows and counts.
+    """Tile lists of one mask, layout and tile size.
+
+    A tile lies in one sequence; unused rows (capacities come from sizes known on the host) have 0 rows and counts.
 
     Attributes:
         query_tiles, key_tiles: int32 ``[tiles, 3]``: sequence, first row (in the flattened queries or keys), rows.
@@ -133,8 +134,8 @@ def tile_lists_torch(
     q_first, q_tiles = _cut(cu_seqlens_q, block_q, query_tiles)
     k_first, k_tiles = _cut(cu_seqlens, block_k, key_tiles)
     if query_tiles == 0 or key_tiles == 0:
-        empty = [torch.zeros(n, w, dtype=torch.int32, device=device)
-                 for n, w in ((query_tiles, key_width), (query_tiles, 2), (key_tiles, query_width), (key_tiles, 2))]  # fmt: skip
+        shapes = ((query_tiles, key_width), (query_tiles, 2), (key_tiles, query_width), (key_tiles, 2))
+        empty = [torch.zeros(shape, dtype=torch.int32, device=device) for shape in shapes]
         return q_tiles, k_tiles, *empty, overflow
 
     facts = torch.stack((modality, position, segment))

@@ -68,7 +68,7 @@ def choose(call: AttentionCall, name: str | None) -> Backend:
         ValueError: an unknown name. NotImplementedError: it can't run the call; the message has every reason.
     """
     name = named_backend(name)
-    refused = []
+    refused: list[str] = []
     for backend in BACKENDS.values() if name == "auto" else [BACKENDS[name]]:
         reasons = backend.why_absent() or backend.why_not(call)
         if not reasons:
