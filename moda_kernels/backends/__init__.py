@@ -13,6 +13,7 @@ from typing import Protocol
 from torch import Tensor
 
 from moda_kernels import checks
+from moda_kernels.backends.cpu import CpuBackend
 from moda_kernels.backends.reference import ReferenceBackend
 from moda_kernels.call import AttentionCall
 
@@ -38,7 +39,7 @@ class Backend(Protocol):
 
 
 #: In the order in which `auto` asks them.
-BACKENDS: dict[str, Backend] = {b.name: b for b in (ReferenceBackend(),)}
+BACKENDS: dict[str, Backend] = {b.name: b for b in (CpuBackend(), ReferenceBackend())}
 
 _named: ContextVar[str | None] = ContextVar("moda_kernels_backend", default=None)
 _told: set[tuple[str, ...]] = set()

@@ -1,0 +1,140 @@
+"""The CPU backend: a mask made of segments is a set of rectangles, and ATen's flash kernel runs each of them.
+
+`plan.py` finds the rectangles, `rectangles.py` runs them; this file takes a checked call apart. Keys are aligned first
+(written out once per key head); a pair bias becomes a few more columns of query and key, so that it neither cuts
+rectangles nor needs a gradient of its own; pseudo scores join the softmax sum by their log.
+"""
+
+import math
+import weakref
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moda_kernels import alignment
+from moda_kernels.backends.cpu.plan import Job, make_jobs
+from moda_kernels.backends.cpu.rectangles import RectangleAttention
+from moda_kernels.call import AttentionCall
+from moda_kernels.keymap import compute_dtype
+from moda_kernels.layout import ModalityLayout
+from moda_kernels.mask import ModularMask
+
+_OPERATORS = (
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention_for_cpu_backward",
+)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class CpuBackend:
+    name = "cpu"
+
+    def __init__(self) -> None:
+        # Plans are made once per layout, mask and query range, and shared by all layers.
+        self._jobs: weakref.WeakKeyDictionary[ModalityLayout, dict[object, list[Job]]] = weakref.WeakKeyDictionary()
+
+    def why_absent(self) -> list[str]:
+        missing = [name for name in _OPERATORS if not hasattr(torch.ops.aten, name)]
+        return [f"torch {torch.__version__} has no operator aten::{name}" for name in missing]
+
+    def why_not(self, call: AttentionCall) -> list[str]:
+        reasons = []
+        if call.query.device.type != "cpu":
+            reasons.append(f"it runs on the CPU, the tensors are on {call.query.device}")
+        if call.query.dtype not in _DTYPES:
+            reasons.append(f"it supports {', '.join(map(str, _DTYPES))}, got {call.query.dtype}")
+        if call.attn_mask is not None and call.attn_mask.requires_grad:
+            reasons.append("it has no gradient for attn_mask")
+        if call.pair_bias is not None and not reasons:
+            if call.scale == 0:
+                reasons.append("pair_bias needs a scale other than 0")
+            if not bool(torch.isfinite(call.pair_bias).all()):
+                reasons.append("pair_bias must be finite")
+        return reasons
+
+    def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", enabled=False):
+            return self._attend(call)
+
+    def jobs(self, call: AttentionCall, mask: ModularMask) -> list[Job]:
+        """The rectangles of a call, for its own mask or a part of it."""
+        queries = call.queries
+        per_layout = self._jobs.setdefault(call.layout, {})
+        key = (mask, queries.shape, tuple(queries.first_column.tolist()), tuple(queries.cu_seqlens.tolist()))
+        if key not in per_layout:
+            per_layout[key] = make_jobs(call.layout, mask, queries)
+        return per_layout[key]
+
+    def _attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        layout = call.layout
+        key = call.key if call.key_map is None else alignment.align_keys(call.key, call.key_map, layout)
+        q, k, v = (x.transpose(0, 1)[None] if layout.packed else x for x in (call.query, key, call.value))
+        value_dim = v.shape[-1]
+        if call.pair_bias is not None:
+            q, k = _with_bias_columns(q, k, call)
+        dim = max(q.shape[-1], v.shape[-1])
+        q, k, v = (x if x.shape[-1] == dim else F.pad(x, (0, dim - x.shape[-1])) for x in (q, k, v))
+        attn_mask = None if call.attn_mask is None else _additive(call.attn_mask, compute_dtype(q))
+
+        def part(mask: ModularMask, same: bool | None) -> tuple[Tensor, Tensor]:
+            """One softmax over what a mask shows; `same`: its keys' modality against the query's, None: both."""
+            extra = None if call.pseudo is None else _log_pseudo(call, mask, same)
+            out, lse = RectangleAttention.apply(q, k, v, extra, attn_mask, self.jobs(call, mask), call.scale)
+            return out[..., :value_dim], lse
+
+        if not call.split:
+            out, lse = part(call.mask, None)
+        else:
+            own, cross = part(call.mask.part(same=True), True), part(call.mask.part(same=False), False)
+            weights = [w[:, None, None] if isinstance(w, Tensor) else w for w in call.branch_weights]
+            wide = own[1].dtype
+            out = (weights[0] * own[0].to(wide) + weights[1] * cross[0].to(wide)).to(call.query.dtype)
+            lse = torch.stack((own[1], cross[1]), -1)
+        return (out[0].transpose(0, 1), lse[0]) if layout.packed else (out, lse)
+
+
+def _log_pseudo(call: AttentionCall, mask: ModularMask, same: bool | None) -> Tensor:
+    """log P_i, ``[B, Hq, Lq]`` (packed: a batch of one); -inf for padding."""
+    assert call.pseudo is not None
+    layout, queries = call.layout, call.queries
+    modality = queries.of(layout.modality)
+    seen = mask.count_visible(layout, queries).sum(-1)
+    tokens = torch.zeros_like(seen)
+    if layout.num_sequences:
+        counts = layout.counts[queries.of(layout.sequence, 0).long()]
+        tokens = counts.sum(-1)
+        if same is not None:
+            own = counts.gather(-1, modality.clamp(min=0).long()[..., None])[..., 0]
+            tokens = own if same else tokens - own
+    if layout.packed:
+        tokens, seen, modality = tokens[None], seen[None], modality[None]
+    extra = call.pseudo.log_mass(tokens, seen, compute_dtype(call.query))
+    return torch.where(modality[:, None] >= 0, extra, -math.inf).expand(-1, call.query_heads, -1)
+
+
+def _additive(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[B or 1, Hq or 1, Lq or 1, L or 1]``, added to the scores."""
+    if attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros(attn_mask.shape, dtype=dtype).masked_fill_(~attn_mask, -math.inf)
+    return attn_mask.to(dtype)[(None,) * (4 - attn_mask.dim())]
+
+
+def _with_bias_columns(q: Tensor, k: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """q and k with columns whose product is pair_bias[m(i), m(j)] / scale: one per modality, in low precision three
+    (a number as the sum of three roundings keeps 24 bits in bfloat16)."""
+    assert call.pair_bias is not None
+    layout, queries = call.layout, call.queries
+    wide = compute_dtype(q)
+    modality, sequence = queries.of(layout.modality).clamp(min=0).long(), queries.of(layout.sequence, 0).long()
+    one_hot = F.one_hot(layout.modality.clamp(min=0).long(), layout.num_modalities).to(k.dtype)
+    if layout.packed:
+        modality, sequence, one_hot = modality[None], sequence[None], one_hot[None]
+    bias = (call.pair_bias.to(wide) / call.scale).expand(layout.num_sequences, -1, -1, -1)
+    rows = bias[sequence, :, modality].transpose(1, 2).expand(-1, call.query_heads, -1, -1)  # [B, Hq, Lq, M]
+    parts = []
+    for _ in range(1 if q.dtype == wide else 3):
+        parts.append(rows.to(q.dtype))
+        rows = rows - parts[-1].to(wide)
+    keys = one_hot[:, None].expand(-1, k.shape[1], -1, -1)
+    return torch.cat((q, *parts), -1), torch.cat((k, *[keys] * len(parts)), -1)

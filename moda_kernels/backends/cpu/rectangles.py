@@ -1,0 +1,199 @@
+"""Attention over rectangles of scores: ATen's flash kernel for each, merged by lse, forward and backward.
+
+The gradient over a rectangle needs only the final output and lse of its rows (spec: "Identities worth using"), so the
+backward is one ATen call per rectangle too, and nothing of size rows × keys is kept.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moda_kernels.backends.cpu.plan import Block, Job, Span, size_of
+
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class RectangleAttention(torch.autograd.Function):
+    """out ``[B, Hq, Lq, D]`` and lse ``[B, Hq, Lq]`` of the rectangles of some jobs.
+
+    Args:
+        query: ``[B, Hq, Lq, D]``, key and value ``[B, Hkv, L, D]``, one dtype, value size = key size.
+        extra: log of what each row's softmax sum gets besides its keys, ``[B, Hq, Lq]`` in lse's dtype; or None.
+        attn_mask: additive, ``[B or 1, Hq or 1, Lq or 1, L or 1]`` in lse's dtype, without gradient; or None.
+        jobs: the rectangles; rows in none of them get output 0. scale: τ⁻¹.
+    """
+
+    @staticmethod
+    def forward(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        extra: Tensor | None,
+        attn_mask: Tensor | None,
+        jobs: list[Job],
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+        out = torch.zeros_like(query, memory_format=torch.contiguous_format)
+        lse = torch.full(query.shape[:3], -math.inf, dtype=wide) if extra is None else extra.clone()
+        for job in jobs:
+            q, o, s = (_part(t, job.batch, job.queries) for t in (query, out, lse))
+            k, v = (_part(t, job.batch, job.keys) for t in (key, value))
+            given = _job_mask(attn_mask, job)
+            for region in job.regions:
+                q_rows = _take(q, region.rows)
+                parts = []
+                for block in region.blocks:
+                    mask, hidden = _additive(block, given, wide)
+                    part_out, part_lse = _forward(
+                        q_rows,
+                        _take(k, block.keys),
+                        _take(v, block.keys),
+                        0.0,
+                        block.causal and mask is None,
+                        attn_mask=mask,
+                        scale=scale,
+                    )
+                    # A row without a visible key comes with lse 0.
+                    parts.append((part_out, part_lse if hidden is None else part_lse.masked_fill(hidden, -math.inf)))
+                _merge_into(o, s, region.rows, parts, extra is not None)
+        return out, lse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        query, key, value, extra, attn_mask, jobs, scale = inputs
+        ctx.save_for_backward(query, key, value, extra, attn_mask, *output)
+        ctx.jobs, ctx.scale = jobs, scale
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        query, key, value, extra, attn_mask, out, lse = ctx.saved_tensors
+        wide = lse.dtype
+        dout = torch.zeros_like(out) if dout is None else dout
+        dextra = None
+        if extra is not None and ctx.needs_input_grad[3]:
+            # d extra = (P / Z) (dlse - rowsum(out · dout))
+            change = -(out.to(wide) * dout.to(wide)).sum(-1)
+            change = change if dlse is None else change + dlse
+            dextra = torch.exp(extra - torch.where(torch.isneginf(lse), 0, lse)) * change
+        dim = query.shape[-1]
+        if dlse is not None:
+            # ATen takes delta = rowsum(out · dout); a gradient of lse is to be taken off it. One more value column
+            # that is 0 in every key, -dlse in out and 1 in dout does that.
+            query, key, value = (F.pad(t, (0, 1)) for t in (query, key, value))
+            out = torch.cat((out, -dlse[..., None].to(out.dtype)), -1)
+            dout = torch.cat((dout, torch.ones_like(dout[..., :1])), -1)
+        # exp(score - lse) is then 0 in rows that see nothing.
+        lse = torch.where(torch.isneginf(lse), math.inf, lse)
+
+        dquery = torch.zeros(query.shape, dtype=query.dtype)
+        dkey, dvalue = (torch.zeros(t.shape, dtype=wide) for t in (key, value))
+        for job in ctx.jobs:
+            of_rows = [_part(t, job.batch, job.queries) for t in (query, out, dout, lse, dquery)]
+            k, v, dk, dv = (_part(t, job.batch, job.keys) for t in (key, value, dkey, dvalue))
+            given = _job_mask(attn_mask, job)
+            for region in job.regions:
+                q, o, do, s = (_take(t, region.rows) for t in of_rows[:4])
+                total = None
+                for block in region.blocks:
+                    mask, _ = _additive(block, given, wide)
+                    grads = _backward(
+                        do,
+                        q,
+                        _take(k, block.keys),
+                        _take(v, block.keys),
+                        o,
+                        s,
+                        0.0,
+                        block.causal and mask is None,
+                        attn_mask=mask,
+                        scale=ctx.scale,
+                    )
+                    total = grads[0] if total is None else total.to(wide) + grads[0]
+                    _add(dk, block.keys, grads[1])
+                    _add(dv, block.keys, grads[2])
+                assert total is not None
+                _put(of_rows[4], region.rows, total)
+        grads = [t[..., :dim].to(query.dtype) for t in (dquery, dkey, dvalue)]
+        return *grads, dextra, None, None, None
+
+
+def _part(x: Tensor, batch: slice, rows: slice) -> Tensor:
+    return x[batch, :, rows]
+
+
+def _job_mask(attn_mask: Tensor | None, job: Job) -> Tensor | None:
+    return attn_mask if attn_mask is None or attn_mask.shape[0] == 1 else attn_mask[job.batch]
+
+
+def _merge_into(out: Tensor, lse: Tensor, rows: Span, parts: list[tuple[Tensor, Tensor]], has_extra: bool) -> None:
+    """Write the rows of a region: results over disjoint keys, weighed by exp(lse - total)."""
+    if len(parts) == 1 and not has_extra:
+        _put(out, rows, parts[0][0])
+        _put(lse, rows, parts[0][1])
+        return
+    sums = [s for _, s in parts]
+    if has_extra:
+        sums.append(_take(lse, rows))
+    peak = sums[0]
+    for s in sums[1:]:
+        peak = torch.maximum(peak, s)
+    peak = torch.where(torch.isneginf(peak), 0, peak)
+    weights = [torch.exp(s - peak) for s in sums]
+    total = weights[0].clone()
+    for w in weights[1:]:
+        total += w
+    share = torch.where(total > 0, total, 1).reciprocal()
+    merged = parts[0][0].to(lse.dtype) * (weights[0] * share)[..., None]
+    for (o, _), w in zip(parts[1:], weights[1:], strict=False):
+        merged.addcmul_(o.to(lse.dtype), (w * share)[..., None])
+    _put(out, rows, merged)
+    _put(lse, rows, peak + torch.log(total))
+
+
+def _additive(block: Block, attn_mask: Tensor | None, wide: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """The block's mask as ATen takes it, and which rows it hides wholly (None: none)."""
+    if block.mask is None and attn_mask is None:
+        return None, None
+    seen = block.mask
+    if seen is None and block.causal:
+        size = size_of(block.rows)
+        seen = torch.ones(size, size, dtype=torch.bool).tril()
+    mask = None
+    if seen is not None:
+        mask = torch.zeros(seen.shape, dtype=wide).masked_fill_(~seen, -math.inf)
+    if attn_mask is not None:
+        given = attn_mask
+        given = given if given.shape[2] == 1 else _take(given, block.rows)
+        given = given if given.shape[3] == 1 else _take(given.transpose(2, 3), block.keys).transpose(2, 3)
+        mask = given.to(wide) if mask is None else given.to(wide) + mask
+        mask = mask.expand(*mask.shape[:2], size_of(block.rows), size_of(block.keys))
+    assert mask is not None
+    hidden = torch.isneginf(mask).all(-1)
+    return mask, hidden if bool(hidden.any()) else None
+
+
+def _take(x: Tensor, span: Span) -> Tensor:
+    """Rows of axis 2."""
+    return x[:, :, span] if isinstance(span, slice) else x.index_select(2, span)
+
+
+def _put(x: Tensor, span: Span, rows: Tensor) -> None:
+    if isinstance(span, slice):
+        x[:, :, span] = rows
+    else:
+        x.index_copy_(2, span, rows.to(x.dtype))
+
+
+def _add(x: Tensor, span: Span, rows: Tensor) -> None:
+    if isinstance(span, slice):
+        x[:, :, span] += rows
+    else:
+        x.index_add_(2, span, rows.to(x.dtype))
