@@ -1,0 +1,29 @@
+"""What all tests share: markers, seeds and the settings of the property tests."""
+
+import os
+
+import pytest
+import torch
+
+try:
+    from hypothesis import settings
+except ModuleNotFoundError:  # the property tests ask for it themselves, the others run without it
+    pass
+else:
+    # No deadline: a first call may compile a kernel. A gate has to give the same answer twice.
+    settings.register_profile("moda", deadline=None, max_examples=50, print_blob=True, derandomize="CI" in os.environ)
+    settings.load_profile("moda")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA GPU")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
