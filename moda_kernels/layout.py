@@ -7,12 +7,16 @@ PyTorch twin here; both give identical results.
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from moda_kernels import checks, native
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +53,14 @@ class ModalityLayout:
     table: Tensor
     #: What `check` needs on a device where values are not looked at: (bad ids, bad cu_seqlens), int32 [2].
     faults: Tensor | None = None
+    _derived: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
+
+    def remember(self, key: Any, make: Callable[[], T]) -> T:
+        """What has been derived from this layout under `key`, made at the first call: all layers share a layout."""
+        if key not in self._derived:
+            self._derived[key] = make()
+        found: T = self._derived[key]
+        return found
 
     @property
     def packed(self) -> bool:
@@ -93,7 +105,7 @@ class ModalityLayout:
 
     def to(self, device: torch.device | str) -> "ModalityLayout":
         """This layout with its tensors on another device."""
-        moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
         moved = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in moved.items()}
         if moved["modality"].device.type != "cpu" and moved["faults"] is None:
             moved["faults"] = torch.zeros(2, dtype=torch.int32, device=device)
@@ -137,7 +149,10 @@ class ModalityLayout:
         Raises:
             ValueError, TypeError: as :func:`moda_kernels.moda_attention`.
         """
-        return _query_rows(self, query_length, query_start, cu_seqlens_q)
+        if isinstance(query_start, Tensor) or cu_seqlens_q is not None:
+            return _query_rows(self, query_length, query_start, cu_seqlens_q)
+        key = ("queries", query_length, query_start)
+        return self.remember(key, lambda: _query_rows(self, query_length, query_start, None))
 
     def __repr__(self) -> str:
         kind = f"packed, {self.num_sequences} documents, {self.num_tokens} tokens"

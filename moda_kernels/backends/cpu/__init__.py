@@ -6,7 +6,6 @@ rectangles nor needs a gradient of its own; pseudo scores join the softmax sum b
 """
 
 import math
-import weakref
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,6 @@ from moda_kernels.backends.cpu.plan import Job, make_jobs
 from moda_kernels.backends.cpu.rectangles import RectangleAttention
 from moda_kernels.call import AttentionCall
 from moda_kernels.keymap import compute_dtype
-from moda_kernels.layout import ModalityLayout
 from moda_kernels.mask import ModularMask
 
 _OPERATORS = (
@@ -29,10 +27,6 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 class CpuBackend:
     name = "cpu"
-
-    def __init__(self) -> None:
-        # Plans are made once per layout, mask and query range, and shared by all layers.
-        self._jobs: weakref.WeakKeyDictionary[ModalityLayout, dict[object, list[Job]]] = weakref.WeakKeyDictionary()
 
     def why_absent(self) -> list[str]:
         missing = [name for name in _OPERATORS if not hasattr(torch.ops.aten, name)]
@@ -58,13 +52,10 @@ class CpuBackend:
             return self._attend(call)
 
     def jobs(self, call: AttentionCall, mask: ModularMask) -> list[Job]:
-        """The rectangles of a call, for its own mask or a part of it."""
-        queries = call.queries
-        per_layout = self._jobs.setdefault(call.layout, {})
-        key = (mask, queries.shape, tuple(queries.first_column.tolist()), tuple(queries.cu_seqlens.tolist()))
-        if key not in per_layout:
-            per_layout[key] = make_jobs(call.layout, mask, queries)
-        return per_layout[key]
+        """The rectangles of a call, for its own mask or a part of it; made once per layout, shared by all layers."""
+        rows = call.queries
+        key = ("jobs", mask, rows.shape, tuple(rows.first_column.tolist()), tuple(rows.cu_seqlens.tolist()))
+        return call.layout.remember(key, lambda: make_jobs(call.layout, mask, rows))
 
     def _attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         layout = call.layout
