@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from moda_kernels import reference
+from moda_kernels import mkl, reference
 from moda_kernels.alignment import DuplexAligner, align_keys, gram_affinity, modality_gram, released_key_map
 from moda_kernels.attention import moda_attention
 from moda_kernels.backends import use_backend
@@ -13,6 +13,8 @@ from moda_kernels.mask import ModularMask, Visibility
 from moda_kernels.ops import SegmentGram, SegmentProject
 from moda_kernels.pseudo import PseudoAttention
 from moda_kernels.replace import replace_sdpa
+
+mkl.choose_kernels()
 
 try:
     __version__ = version("moda_kernels")
