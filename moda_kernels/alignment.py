@@ -175,10 +175,10 @@ def align_keys(key: Tensor, key_map: KeyMap, layout: ModalityLayout | Tensor) ->
     Raises:
         ValueError, TypeError: keys, map and layout that don't fit each other.
     """
-    layout = as_layout(layout)
-    tokens = to_tokens("key", key, layout)
     if not isinstance(key_map, KeyMap):
         raise checks.wrong_type("key_map", "a KeyMap (call the aligner on the keys)", key_map)
+    layout = as_layout(layout, key_map.num_modalities)
+    tokens = to_tokens("key", key, layout)
     key_map.check(layout, *tokens.shape[1:])
     return from_tokens(key_map.align(tokens, layout), layout)
 
@@ -221,7 +221,8 @@ def released_key_map(
         checks.same_device(name, parameter, keys.device, "key")
 
     dtype = compute_dtype(keys, values)
-    wide = keys.to(dtype)
+    # Padding may hold anything.
+    wide = torch.where((layout.modality.flatten() >= 0)[:, None, None], keys.to(dtype), 0)
     identity = torch.eye(dim, dtype=dtype, device=keys.device)
     of_vision = torch.arange(modalities, device=keys.device) == vision
     sequence = layout.sequence.flatten().long()
@@ -279,5 +280,7 @@ def gram_affinity(gram: Tensor, norm: str = "row") -> Tensor:
     checks.choice("norm", norm, NORMS)
     if gram.dim() != 5:
         raise checks.wrong_value("gram", "[N, M, H, D, E]", gram)
-    flat = normed(normed(gram, norm).flatten(-2)[..., None, :], "frobenius")[..., 0, :].transpose(1, 2)
-    return flat @ flat.transpose(-1, -2)
+    with torch.autocast(gram.device.type, enabled=False):
+        flat = normed(gram.to(compute_dtype(gram)), norm).flatten(-2)
+        flat = normed(flat[..., None, :], "frobenius")[..., 0, :].transpose(1, 2)
+        return flat @ flat.transpose(-1, -2)

@@ -83,7 +83,10 @@ class AttentionCall:
             raise checks.wrong_type("mask", "a ModularMask", mask)
         if mask is not None and is_causal:
             raise ValueError("is_causal and mask: expected one of them, got both (the mask says what is causal)")
-        layout = as_layout(layout, None if mask is None else mask.num_modalities)
+        if key_map is not None and not isinstance(key_map, KeyMap):
+            raise checks.wrong_type("key_map", "a KeyMap (call the aligner on the keys)", key_map)
+        known = mask if mask is not None else key_map
+        layout = as_layout(layout, None if known is None else known.num_modalities)
         query, key, value = _autocast(query, key, value)
         _check_shapes(query, key, value, layout, enable_gqa)
         queries = layout.queries(query.shape[0] if layout.packed else query.shape[2], query_start, cu_seqlens_q)
@@ -105,8 +108,6 @@ class AttentionCall:
         if branch_weights is not None and duplex == "joint":
             raise checks.wrong_value("branch_weights", "None unless duplex='split'", "weights with duplex='joint'")
         if key_map is not None:
-            if not isinstance(key_map, KeyMap):
-                raise checks.wrong_type("key_map", "a KeyMap (call the aligner on the keys)", key_map)
             key_map.check(layout, key.shape[1], key.shape[-1])
         if attn_mask is not None:
             _check_attn_mask(attn_mask, query, key, layout)

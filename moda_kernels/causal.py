@@ -2,7 +2,7 @@
 
 Earlier tokens of another modality all lie in segments before a token's own, so one matrix per segment is exact; keys
 never look ahead and aligned keys never change. One matrix per segment can outgrow the keys (many short segments): then
-the tokens are walked in chunks with a running Gram per modality, and each chunk is computed again in the backward.
+segments are walked in chunks with a running Gram per modality, and each chunk is computed again in the backward.
 """
 
 from dataclasses import dataclass, field
@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from moda_kernels import ops
+from moda_kernels import checks, ops
 from moda_kernels.keymap import KeyMap, compute_dtype, fused_matrix, normed
 from moda_kernels.layout import ModalityLayout
 
-#: Chunk while the matrices of all segments would hold more numbers than this many times the keys.
+#: All segments at once while their matrices hold at most this many times the keys' numbers, …
 MATRICES_PER_KEYS = 4
-MIN_CHUNK = 64
+#: … and at most so many segments: sums over earlier segments are a product with a segments × segments matrix.
+MAX_SEGMENTS = 512
+#: Segments of a chunk otherwise.
+CHUNK_SEGMENTS = (64, 128)
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +31,7 @@ class CausalMap(KeyMap):
         source: ``[tokens, Hkv, D]``, the keys whose Gram sums make the map.
         layout: their layout.
         ratio, weight, fusion, norm, aligned: the aligner's.
-        chunk: tokens per chunk. Default: all at once where that is small.
+        chunk: segments per chunk. Default: all at once where that is small.
     """
 
     source: Tensor
@@ -48,6 +51,16 @@ class CausalMap(KeyMap):
     def signature(layout: ModalityLayout) -> tuple[object, ...]:
         return *KeyMap.signature(layout), layout.modality.shape
 
+    def check(self, layout: ModalityLayout, num_heads: int, head_dim: int) -> None:
+        super().check(layout, num_heads, head_dim)
+        # One matrix per segment fits one layout only; on CUDA values are not looked at.
+        if (
+            layout is not self.layout
+            and layout.device.type == "cpu"
+            and not torch.equal(layout.segment, self.layout.segment)
+        ):
+            raise checks.wrong_value("key_map", "a map made with this layout", "one made with other segments")
+
     @property
     def num_heads(self) -> int:  # type: ignore[override]
         return self.source.shape[1]
@@ -56,25 +69,21 @@ class CausalMap(KeyMap):
     def head_dim(self) -> int:  # type: ignore[override]
         return self.source.shape[2]
 
+    @property
+    def num_modalities(self) -> int:  # type: ignore[override]
+        return self.layout.num_modalities
+
     def align(self, key: Tensor, layout: ModalityLayout) -> Tensor:
-        dtype = compute_dtype(self.source, key)
         with torch.autocast(key.device.type, enabled=False):
-            running = key.new_zeros(layout.num_modalities, *key.shape[1:], key.shape[-1], dtype=dtype)
+            running = self._nothing()
+            chunks = self._chunks()
             out = []
-            for begin in range(0, key.shape[0], self._chunk_tokens()):
-                end = min(begin + self._chunk_tokens(), key.shape[0])
-                if self._chunk_tokens() < key.shape[0] and torch.is_grad_enabled():
-                    fused, running = checkpoint(
-                        self._chunk,
-                        running,
-                        self.source[begin:end],
-                        key[begin:end],
-                        begin,
-                        use_reentrant=False,
-                        preserve_rng_state=False,
-                    )
+            for begin, end, first, slots in chunks:
+                step = running, self.source[begin:end], key[begin:end], begin, first, slots
+                if len(chunks) > 1 and torch.is_grad_enabled():
+                    fused, running = checkpoint(self._chunk, *step, use_reentrant=False, preserve_rng_state=False)
                 else:
-                    fused, running = self._chunk(running, self.source[begin:end], key[begin:end], begin)
+                    fused, running = self._chunk(*step)
                 out.append(fused)
         return torch.cat(out) if out else key
 
@@ -82,58 +91,61 @@ class CausalMap(KeyMap):
         """A of every segment, ``[max_segments, Hkv, D, D]`` (the identity where keys stay as they are)."""
         layout = self.layout
         gram = ops.segment_gram(self.source, self.source, layout.groups("segment"), layout.max_segments)
-        nothing = gram.new_zeros(layout.num_modalities, *gram.shape[1:])
         with torch.autocast(gram.device.type, enabled=False):
-            matrix, _, _ = self._segment_matrices(nothing, gram, layout.table, -1)
+            matrix, _ = self._segment_matrices(self._nothing(), gram, layout.table, -1)
         return matrix
 
-    def _chunk_tokens(self) -> int:
-        tokens, _, dim = self.source.shape
-        if self.chunk is not None:
-            return self.chunk
-        if self.layout.max_segments * dim <= MATRICES_PER_KEYS * tokens:
-            return max(tokens, 1)
-        return max(MIN_CHUNK, tokens // dim)
+    def _nothing(self) -> Tensor:
+        """Gram sums over no tokens, ``[M, Hkv, D, D]``."""
+        shape = self.layout.num_modalities, self.num_heads, self.head_dim, self.head_dim
+        return torch.zeros(shape, dtype=compute_dtype(self.source), device=self.source.device)
 
-    def _chunk(self, running: Tensor, source: Tensor, key: Tensor, begin: int) -> tuple[Tensor, Tensor]:
-        """Fused keys of tokens begin…, and the running Gram [M, Hkv, D, D] of the sequence in which the chunk ends.
+    def _chunks(self) -> list[tuple[int, int, int, int]]:
+        """First and last token, first segment and number of segments of each chunk."""
+        tokens, segments = self.source.shape[0], self.layout.max_segments
+        if tokens == 0:
+            return []
+        fits = segments <= MAX_SEGMENTS and segments * self.head_dim <= MATRICES_PER_KEYS * tokens
+        if self.chunk is None and fits:
+            return [(0, tokens, 0, segments)]
+        low, high = CHUNK_SEGMENTS
+        size = self.chunk or max(low, min(high, MATRICES_PER_KEYS * tokens // self.head_dim))
+        # The one place that waits for the device.
+        starts = self.layout.remember(
+            "segment starts", lambda: self.layout.table[: int(self.layout.num_segments), 1].tolist()
+        )
+        cuts = [0, *starts[size::size], tokens]
+        return [(cuts[i], cuts[i + 1], i * size, min(size, len(starts) - i * size)) for i in range(len(cuts) - 1)]
 
-        A segment may go on from the chunk before; what of it lies there is in `running`, under its own modality, which
-        its own map leaves out. So cutting segments is exact.
-        """
-        layout, count = self.layout, source.shape[0]
-        segment = layout.segment.flatten()[begin : begin + count].long()
-        if begin == 0:
-            before = torch.zeros_like(layout.num_segments).long()
-        else:
-            before = layout.segment.flatten()[:begin].amax().clamp(min=0).long().view(1)
-        slots = min(layout.max_segments, count + 1)
-        local = torch.where((segment >= 0) & (segment < layout.max_segments), segment - before, -1)
+    def _chunk(
+        self, running: Tensor, source: Tensor, key: Tensor, begin: int, first: int, slots: int
+    ) -> tuple[Tensor, Tensor]:
+        """Fused keys of tokens begin…, which hold segments first…, and the running Gram ``[M, Hkv, D, D]`` of the
+        sequence in which they end."""
+        layout = self.layout
+        segment = layout.segment.flatten()[begin : begin + source.shape[0]].long()
+        local = torch.where((segment >= 0) & (segment < layout.max_segments), segment - first, -1)
         gram = ops.segment_gram(source, source, local, slots)
-        rows = before + torch.arange(slots, device=key.device)
-        table = layout.table[rows.clamp(max=max(layout.max_segments - 1, 0))]
-        table = torch.where((rows < layout.max_segments)[:, None], table, 0)
-        # `running` belongs to the sequence of the token before the chunk.
-        running_sequence = layout.sequence.flatten()[begin - 1] if begin else -1
-        matrix, mapped, contributes = self._segment_matrices(running, gram, table, running_sequence)
+        table = layout.table[first : first + slots]
+        sequence, modality = table[:, 0], table[:, 3]
+        before = layout.table[first - 1, 0] if first else -1  # the sequence that `running` belongs to
+        matrix, mapped = self._segment_matrices(running, gram, table, before)
 
         token_mapped = (local >= 0) & mapped[local.clamp(min=0)] if slots else local >= 0
         wide = key.to(compute_dtype(source, key))
         fused = ops.segment_project(wide, matrix, torch.where(token_mapped, local, -1)).to(key.dtype)
         fused = torch.where(token_mapped[:, None, None], fused, key)
-
-        ending = layout.sequence.flatten()[begin + count - 1]
-        stays = (ending == running_sequence) if begin else torch.zeros_like(ending, dtype=torch.bool)
-        inside = contributes & (table[:, 0] == ending)
-        modality = torch.arange(layout.num_modalities, device=key.device)
-        pick = (inside & (table[:, 3] == modality[:, None])).to(gram.dtype)
-        added = (pick @ gram.flatten(1)).view_as(running)
-        return fused, torch.where(stays, running, 0) + added
+        if slots:
+            stays = sequence == sequence[-1]
+            of = (modality == torch.arange(layout.num_modalities, device=key.device)[:, None]) & stays
+            running = torch.where(sequence[-1] == before, running, 0) + _weighted_sum(of, gram)
+        return fused, running
 
     def _segment_matrices(
         self, running: Tensor, gram: Tensor, table: Tensor, running_sequence: Tensor | int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """A ``[K, Hkv, D, D]`` of K consecutive segments, whether they are mapped, and whether they exist."""
+    ) -> tuple[Tensor, Tensor]:
+        """A ``[K, Hkv, D, D]`` of K consecutive segments, and which of them are mapped; `running` holds the Gram sums
+        of one sequence before them."""
         layout = self.layout
         sequence, start, length, modality = table.unbind(1)
         exists = length > 0
@@ -142,13 +154,23 @@ class CausalMap(KeyMap):
         earlier &= modality[None, :] != modality[:, None]
         others = torch.arange(layout.num_modalities, device=table.device)[None, :] != modality[:, None]
         carried = others & (sequence == running_sequence)[:, None]
-        rest = torch.cat((carried, earlier), 1).to(gram.dtype) @ torch.cat((running, gram)).flatten(1)
+        rest = _weighted_sum(torch.cat((carried, earlier), 1), torch.cat((running, gram)))
 
         counts = layout.prefix[start.long()] - layout.prefix[layout.cu_seqlens[sequence.long()].long()]
         aligned = torch.tensor([m in self.aligned for m in range(layout.num_modalities)], device=table.device)
         mapped = exists & ((counts * others).sum(1) > 0) & aligned[modality.long()]
 
         ratio, weight = (None if p is None else p.to(gram.dtype)[modality.long()] for p in (self.ratio, self.weight))
-        matrix = fused_matrix(normed(rest.view_as(gram), self.norm), ratio, weight, self.fusion)
+        matrix = fused_matrix(normed(rest, self.norm), ratio, weight, self.fusion)
         identity = torch.eye(self.head_dim, dtype=gram.dtype, device=gram.device)
-        return torch.where(mapped[:, None, None, None], matrix, identity), mapped, exists
+        return torch.where(mapped[:, None, None, None], matrix, identity), mapped
+
+
+def _weighted_sum(of: Tensor, gram: Tensor) -> Tensor:
+    """Σ of the Gram matrices ``[K, …]`` that each row of a bool ``[R, K]`` names; what is not finite stays out of the
+    sums that don't name it, as 0 · inf would not."""
+    finite = gram.detach().isfinite().flatten(1).all(1)
+    clean = torch.where(finite.view(-1, *[1] * (gram.dim() - 1)), gram, 0)
+    total = (of.to(gram.dtype) @ clean.flatten(1)).view(of.shape[0], *gram.shape[1:])
+    broken = (of & ~finite).any(1).view(-1, *[1] * (gram.dim() - 1))
+    return torch.where(broken, float("nan"), total)

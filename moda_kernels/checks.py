@@ -71,7 +71,7 @@ def same_device(name: str, value: Tensor, device: torch.device, like: str) -> No
 def choice(name: str, value: object, options: Iterable[str]) -> str:
     options = tuple(options)
     if not isinstance(value, str) or value not in options:
-        raise wrong_value(name, "one of " + ", ".join(map(repr, options)), value)
+        raise wrong_value(name, "one of " + ", ".join(map(repr, options)), describe(value))
     return value
 
 

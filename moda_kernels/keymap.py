@@ -29,7 +29,7 @@ def normed(gram: Tensor, norm: str) -> Tensor:
     peak = gram.detach().abs().amax(axes, keepdim=True)
     scaled = gram / torch.where(peak > 0, peak, 1)
     square = scaled.square().sum(axes, keepdim=True)
-    return scaled * torch.where(square > 0, square, 1).rsqrt()
+    return torch.where(square > 0, scaled * torch.where(square > 0, square, 1).rsqrt(), 0)
 
 
 def fused_matrix(rest: Tensor, ratio: Tensor | None, weight: Tensor | None, fusion: str) -> Tensor:
@@ -58,11 +58,12 @@ class KeyMap:
     Applied by :func:`align_keys`, or by :func:`moda_kernels.moda_attention`, which need not write the aligned keys.
 
     Attributes:
-        num_heads, head_dim: Hkv and D of the keys that it maps.
+        num_heads, head_dim: Hkv and D of the keys that it maps. num_modalities: M of their layout.
     """
 
     num_heads: int
     head_dim: int
+    num_modalities: int
 
     def check(self, layout: ModalityLayout, num_heads: int, head_dim: int) -> None:
         """Raise a ValueError where this map is for other keys."""
@@ -108,6 +109,10 @@ class ModalityMap(KeyMap):
         return self.matrix.shape[3]
 
     @property
+    def num_modalities(self) -> int:  # type: ignore[override]
+        return self.matrix.shape[1]
+
+    @property
     def made_for(self) -> tuple[object, ...]:  # type: ignore[override]
         return (*self.matrix.shape[:2], self.matrix.device)
 
@@ -123,7 +128,9 @@ class ModalityMap(KeyMap):
         wide = key.to(compute_dtype(key, self.matrix))
         out = ops.segment_project(wide, self.matrix.flatten(0, 1), group)
         if self.unit_matrix is not None:
-            out = out + ops.segment_project(released_unit(wide), self.unit_matrix.flatten(0, 1), group)
+            # What is not mapped may hold anything, and must not get into the gradient.
+            unit = released_unit(torch.where(mapped[:, None, None], wide, 0))
+            out = out + ops.segment_project(unit, self.unit_matrix.flatten(0, 1), group)
         return torch.where(mapped[:, None, None], out.to(key.dtype), key)
 
 

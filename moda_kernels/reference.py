@@ -174,6 +174,10 @@ class _TokenMap(KeyMap):
         return self.source.shape[2]
 
     @property
+    def num_modalities(self) -> int:  # type: ignore[override]
+        return self.layout.num_modalities
+
+    @property
     def made_for(self) -> tuple[object, ...]:  # type: ignore[override]
         return self.signature(self.layout)
 
