@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from moda_kernels.backends.cpu.plan import Block, Job, Span, size_of
 
@@ -72,13 +71,35 @@ class RectangleAttention(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         query, key, value, extra, attn_mask, out, lse = ctx.saved_tensors
-        wide = lse.dtype
         dout = torch.zeros_like(out) if dout is None else dout
-        dextra = None
-        if extra is not None and ctx.needs_input_grad[3]:
+        *grads, dextra = _RectangleGradient.apply(
+            query, key, value, extra, attn_mask, out, lse, dout, dlse, ctx.jobs, ctx.scale
+        )
+        return *grads, None if extra is None else dextra, None, None, None
+
+
+class _RectangleGradient(torch.autograd.Function):
+    """The backward of `RectangleAttention`; a function of its own so that a second backward is refused, not wrong."""
+
+    @staticmethod
+    def forward(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        extra: Tensor | None,
+        attn_mask: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        dout: Tensor,
+        dlse: Tensor | None,
+        jobs: list[Job],
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        wide = lse.dtype
+        dextra = lse.new_zeros(())
+        if extra is not None:
             # d extra = (P / Z) (dlse - rowsum(out · dout))
             change = -(out.to(wide) * dout.to(wide)).sum(-1)
             change = change if dlse is None else change + dlse
@@ -95,7 +116,7 @@ class RectangleAttention(torch.autograd.Function):
 
         dquery = torch.zeros(query.shape, dtype=query.dtype)
         dkey, dvalue = (torch.zeros(t.shape, dtype=wide) for t in (key, value))
-        for job in ctx.jobs:
+        for job in jobs:
             of_rows = [_part(t, job.batch, job.queries) for t in (query, out, dout, lse, dquery)]
             k, v, dk, dv = (_part(t, job.batch, job.keys) for t in (key, value, dkey, dvalue))
             given = _job_mask(attn_mask, job)
@@ -114,7 +135,7 @@ class RectangleAttention(torch.autograd.Function):
                         0.0,
                         block.causal and mask is None,
                         attn_mask=mask,
-                        scale=ctx.scale,
+                        scale=scale,
                     )
                     total = grads[0] if total is None else total.to(wide) + grads[0]
                     _add(dk, block.keys, grads[1])
@@ -122,7 +143,17 @@ class RectangleAttention(torch.autograd.Function):
                 assert total is not None
                 _put(of_rows[4], region.rows, total)
         grads = [t[..., :dim].to(query.dtype) for t in (dquery, dkey, dvalue)]
-        return *grads, dextra, None, None, None
+        return grads[0], grads[1], grads[2], dextra
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError(
+            "double backward through moda_attention on the cpu backend: use backend='reference' for second derivatives"
+        )
 
 
 def _part(x: Tensor, batch: slice, rows: slice) -> Tensor:
