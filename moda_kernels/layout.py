@@ -57,6 +57,8 @@ class ModalityLayout:
 
     def remember(self, key: Any, make: Callable[[], T]) -> T:
         """What has been derived from this layout under `key`, made at the first call: all layers share a layout."""
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return make()  # tensors made inside a torch.func transform are of no use outside it
         if key not in self._derived:
             self._derived[key] = make()
         found: T = self._derived[key]

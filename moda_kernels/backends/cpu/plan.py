@@ -87,7 +87,7 @@ def make_jobs(layout: ModalityLayout, mask: ModularMask, queries: QueryRows) -> 
         own = segment[begin:end]
         relative = own - own.clamp(min=0).amax() if end > begin else own  # counted from the sequence's last segment
         start, rows = first_column[n] - begin, query_bounds[n + 1] - query_bounds[n]
-        key = (modality[begin:end].numpy().tobytes(), relative.numpy().tobytes(), start, rows)
+        key = (tuple(modality[begin:end].tolist()), tuple(relative.tolist()), start, rows)
         if key not in known:
             known[key] = _Planner(mask, modality[begin:end], own, start, rows).best()
         regions = known[key]

@@ -1,0 +1,270 @@
+"""The CPU backend: its plans cover each visible score once, few calls do it, and it does what it says it can't.
+
+That its results are right is for test_parity.py, which runs every backend; here are larger random layouts against the
+reference, so that plans with many regions are met, and the properties that only this backend has.
+"""
+
+import math
+import random
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import moda_kernels as mk
+from moda_kernels import backends
+from moda_kernels.backends.cpu import CpuBackend
+from moda_kernels.backends.cpu.plan import PlanCost, make_jobs, size_of
+from moda_kernels.mask import Visibility
+
+
+def random_layout(rng: random.Random, modalities: int) -> mk.ModalityLayout:
+    run = rng.choice([1, 4, 30, 250, 700])
+    low = rng.choice([-1, 0])
+    if rng.random() < 0.5:
+        lengths = [rng.choice([0, 1, 17, 40, 900]) for _ in range(rng.randint(1, 3))]
+        bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+        tokens = int(bounds[-1])
+        ids = torch.randint(low, modalities, (tokens // run + 1,)).repeat_interleave(run)[:tokens]
+        return mk.segment_modalities(ids, num_modalities=modalities, cu_seqlens=bounds)
+    batch, length = rng.randint(1, 3), rng.choice([0, 1, 63, 300, 1700])
+    ids = torch.randint(low, modalities, (batch, length // run + 1)).repeat_interleave(run, 1)[:, :length]
+    if rng.random() < 0.3:
+        ids = ids[:1].expand(batch, -1)
+    return mk.segment_modalities(ids, num_modalities=modalities)
+
+
+def random_mask(rng: random.Random, m: int) -> mk.ModularMask:
+    window = rng.choice([None, None, 1, 3, 100, 10_000])
+    table = [[rng.choice([0, 1, 2, 3, 4, 7]) for _ in range(m)] for _ in range(m)]
+    return rng.choice(
+        [
+            mk.ModularMask.causal(m),
+            mk.ModularMask.full(m),
+            mk.ModularMask.bidirectional_within(m, [m - 1]),
+            mk.ModularMask.self_only(m, causal=True),
+            mk.ModularMask.cross_only(m, causal=True),
+            mk.ModularMask.fusion(m, [0], causal=True),
+            mk.ModularMask(table, window),
+            mk.ModularMask([[1 | 2 * (a == b) for a in range(m)] for b in range(m)], window),
+        ]
+    )
+
+
+def random_queries(rng: random.Random, layout: mk.ModalityLayout) -> tuple[int, dict]:
+    """Number of query rows, and the arguments that place them."""
+    if layout.packed:
+        if rng.random() < 0.5:
+            return layout.num_tokens, {}
+        lengths = [rng.randint(0, n) for n in layout.cu_seqlens.diff().tolist()]
+        bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+        return int(bounds[-1]), {"cu_seqlens_q": bounds}
+    keys = layout.modality.shape[1]
+    rows = rng.choice([keys, keys, rng.randint(0, keys)])
+    return rows, {"query_start": rng.choice([None, rng.randint(0, keys - rows)])}
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_plans_cover_each_visible_score_once(seed: int) -> None:
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    layout = random_layout(rng, rng.randint(1, 3))
+    mask = random_mask(rng, layout.num_modalities)
+    rows, place = random_queries(rng, layout)
+    queries = layout.queries(rows, **place)
+    visible = mask.visible_to(layout, queries)
+    visible = visible[None] if layout.packed else visible
+    covered = torch.zeros(visible.shape, dtype=torch.int32)
+    for job in make_jobs(layout, mask, queries):
+        part = covered[job.batch, job.queries, job.keys]
+        for region in job.regions:
+            for block in region.blocks:
+                shape = size_of(block.rows), size_of(block.keys)
+                shown = torch.ones(shape, dtype=torch.int32)
+                shown = shown.tril() if block.causal else shown if block.mask is None else block.mask.int()
+                if block.causal:
+                    assert shape[0] == shape[1]
+                r, k = (torch.arange(10**4)[s] if isinstance(s, slice) else s for s in (block.rows, block.keys))
+                part[:, r[:, None], k[None, :]] += shown
+    assert torch.equal(covered, visible.int())
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_agrees_with_the_reference(seed: int) -> None:
+    rng = random.Random(1000 + seed)
+    torch.manual_seed(seed)
+    layout = random_layout(rng, rng.randint(1, 3))
+    m, n = layout.num_modalities, layout.num_sequences
+    heads, group, dim = rng.choice([1, 2]), rng.choice([1, 3]), rng.choice([5, 8])
+    value_dim = rng.choice([dim, 3, 11])
+    rows, options = random_queries(rng, layout)
+    options["mask"] = random_mask(rng, m)
+
+    def tensor(tokens: int, h: int, d: int) -> Tensor:
+        shape = (tokens, h, d) if layout.packed else (n, h, tokens, d)
+        return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+    keys = layout.num_tokens if layout.packed else layout.modality.shape[1]
+    q, k, v = tensor(rows, heads * group, dim), tensor(keys, heads, dim), tensor(keys, heads, value_dim)
+    leaves = [q, k, v]
+    if rng.random() < 0.5:
+        shape = rng.choice([1, n]), rng.choice([1, heads * group]), m, m
+        options["pair_bias"] = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        leaves.append(options["pair_bias"])
+    if rng.random() < 0.5:
+        base, decay = (torch.rand(heads * group, dtype=torch.float64, requires_grad=True) for _ in range(2))
+        options["pseudo"] = mk.PseudoAttention(base, decay, rng.choice([None, 50, math.inf]))
+        leaves += [base, decay]
+    if rng.random() < 0.4:
+        options["duplex"] = "split"
+        weight = torch.randn(heads * group, dtype=torch.float64, requires_grad=True)
+        options["branch_weights"] = (weight, 0.7)
+        leaves.append(weight)
+    if not layout.packed and rng.random() < 0.4:
+        options["attn_mask"] = rng.choice(
+            [torch.rand(n, 1, rows, keys) > 0.3, torch.randn(heads * group, rows, keys), torch.rand(rows, 1) > 0.3]
+        )
+    with_lse = rng.random() < 0.5
+    results = []
+    for backend in ("reference", "cpu"):
+        out, lse = mk.moda_attention(
+            q, k, v, layout=layout, enable_gqa=True, return_lse=True, backend=backend, **options
+        )
+        torch.manual_seed(seed)
+        loss = (out * torch.randn_like(out)).sum()
+        if with_lse:
+            loss = loss + torch.where(torch.isneginf(lse), 0, lse * torch.randn_like(lse)).sum()
+        grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+        results.append([out, torch.where(torch.isneginf(lse), -1e6, lse), *grads])
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+def three_images(length: int, images: tuple[int, ...]) -> mk.ModalityLayout:
+    ids = torch.zeros(1, length, dtype=torch.long)
+    gap = (length - sum(images)) // (len(images) + 1)
+    at = gap
+    for size in images:
+        ids[:, at : at + size] = 1
+        at += size + gap
+    return mk.segment_modalities(ids, num_modalities=2)
+
+
+def test_large_segments_are_few_calls() -> None:
+    layout = three_images(8192, (2880, 576, 1152))
+    jobs = make_jobs(layout, mk.ModularMask.bidirectional_within(2, [1]), layout.queries())
+    blocks = [b for job in jobs for r in job.regions for b in r.blocks]
+    assert len(blocks) <= 11  # one per image, two per text but for the first
+    assert all(b.mask is None for b in blocks)
+    jobs = make_jobs(layout, mk.ModularMask.causal(2), layout.queries())
+    assert [b.causal for job in jobs for r in job.regions for b in r.blocks] == [True]
+
+
+def test_short_segments_share_calls() -> None:
+    ids = torch.arange(4096).div(16, rounding_mode="floor").remainder(2)[None]
+    layout = mk.segment_modalities(ids, num_modalities=2)
+    jobs = make_jobs(layout, mk.ModularMask.bidirectional_within(2, [1]), layout.queries())
+    blocks = [b for job in jobs for r in job.regions for b in r.blocks]
+    assert len(blocks) <= 2 * 4096 / min(PlanCost.REGION_ROWS)  # 256 segments
+
+
+class LargestTensor(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(t, Tensor):
+                self.numel = max(self.numel, t.untyped_storage().nbytes() // t.element_size())
+        return out
+
+
+@pytest.mark.parametrize("kind", ["large", "short"])
+def test_memory_is_linear_in_length(kind: str) -> None:
+    length = 6144
+    if kind == "large":
+        layout = three_images(length, (2880, 576))
+    else:
+        ids = torch.arange(length).div(16, rounding_mode="floor").remainder(2)[None]
+        layout = mk.segment_modalities(ids, num_modalities=2)
+    q, k, v = (torch.randn(1, 1, length, 16, requires_grad=True) for _ in range(3))
+    mask = mk.ModularMask.bidirectional_within(2, [1])
+    with LargestTensor() as largest:
+        mk.moda_attention(q, k, v, layout=layout, mask=mask, backend="cpu").sum().backward()
+    assert largest.numel <= max(PlanCost.REGION_ROWS) * 4 * 1024 < length**2 / 8
+
+
+def test_plans_are_made_once_per_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr("moda_kernels.backends.cpu.make_jobs", lambda *a: made.append(a) or make_jobs(*a))
+    layout = three_images(256, (64,))
+    q = torch.randn(1, 2, 256, 8)
+    for _ in range(3):
+        mk.moda_attention(q, q, q, layout=layout, is_causal=True, backend="cpu")
+    assert len(made) == 1
+    mk.moda_attention(q, q, q, layout=layout, backend="cpu")
+    assert len(made) == 2
+
+
+def test_second_backward_is_refused() -> None:
+    layout = three_images(64, (16,))
+    q = torch.randn(1, 1, 64, 8, requires_grad=True)
+    out = mk.moda_attention(q, q, q, layout=layout, is_causal=True, backend="cpu")
+    (grad,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        (grad * q).sum().backward()
+
+
+def test_functional_gradient() -> None:
+    layout = three_images(64, (16,))
+    q = torch.randn(1, 1, 64, 8, dtype=torch.float64)
+
+    def loss(x: Tensor, backend: str) -> Tensor:
+        return mk.moda_attention(x, q, q, layout=layout, is_causal=True, backend=backend).square().sum()
+
+    expected = torch.func.grad(loss)(q, "reference")
+    torch.testing.assert_close(torch.func.grad(loss)(q, "cpu"), expected)
+
+
+def test_what_it_cannot_do_is_refused_or_left_to_another(caplog: pytest.LogCaptureFixture) -> None:
+    layout = three_images(32, (8,))
+    q = torch.randn(1, 1, 32, 8)
+    attn_mask = torch.zeros(32, 32, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="cpu: it has no gradient for attn_mask"):
+        mk.moda_attention(q, q, q, attn_mask, layout=layout, backend="cpu")
+    backends._told.clear()
+    with caplog.at_level("WARNING", "moda_kernels"):
+        for _ in range(2):
+            mk.moda_attention(q, q, q, attn_mask, layout=layout).sum().backward()
+    assert attn_mask.grad is not None
+    assert len(caplog.records) == 1 and "no gradient for attn_mask" in caplog.text
+    bias = torch.full((1, 1, 2, 2), -math.inf)
+    with pytest.raises(NotImplementedError, match="pair_bias must be finite"):
+        mk.moda_attention(q, q, q, layout=layout, pair_bias=bias, backend="cpu")
+
+
+def test_missing_operator_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("moda_kernels.backends.cpu._OPERATORS", ("_no_such_operator",))
+    (reason,) = CpuBackend().why_absent()
+    assert "aten::_no_such_operator" in reason
+    backends._told.clear()
+    layout = three_images(32, (8,))
+    q = torch.randn(1, 1, 32, 8)
+    with caplog.at_level("WARNING", "moda_kernels"):
+        for _ in range(2):
+            mk.moda_attention(q, q, q, layout=layout)
+    assert len(caplog.records) == 1 and "reference" in caplog.text
+
+
+def test_hidden_rows_among_visible_ones() -> None:
+    """Rows that ATen would give lse 0 to, because their block hides them wholly."""
+    layout = mk.segment_modalities(torch.tensor([[0, 1] * 40]), num_modalities=2)
+    mask = mk.ModularMask([[Visibility.HIDDEN, Visibility.PAST], [Visibility.HIDDEN, Visibility.HIDDEN]])
+    q = torch.randn(1, 2, 80, 8, dtype=torch.float64)
+    expected = mk.moda_attention(q, q, q, layout=layout, mask=mask, backend="reference", return_lse=True)
+    got = mk.moda_attention(q, q, q, layout=layout, mask=mask, backend="cpu", return_lse=True)
+    for e, g in zip(expected, got, strict=True):
+        torch.testing.assert_close(g, e)
