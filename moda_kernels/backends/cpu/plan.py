@@ -39,7 +39,7 @@ class PlanCost:
     @classmethod
     def of(cls, block: "Block") -> float:
         rows, keys = size_of(block.rows), size_of(block.keys)
-        scores = rows * keys * (cls.MASKED if block.mask is not None else 1.0)
+        scores = rows * keys * (cls.MASKED if block.masked else 1.0)
         if block.causal:
             scores = rows * (rows + cls.CAUSAL_BLOCK) / 2
         return cls.CALL + cls.ROW * rows + scores
@@ -51,11 +51,13 @@ Span = slice | Tensor
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """One kernel call: rows against keys, all of them visible, or causally, or by a bool mask ``[rows, keys]``."""
+    """One kernel call: rows against keys, all of them visible, or causally, or by a bool mask ``[rows, keys]`` (made
+    when the plan has been chosen)."""
 
     rows: Span
     keys: Span
     causal: bool = False
+    masked: bool = False
     mask: Tensor | None = None
 
 
@@ -138,10 +140,11 @@ class _Planner:
         candidates = [self._regions(rows) for rows in PlanCost.REGION_ROWS]
         if self.pieces and len(self.columns) <= PlanCost.WHOLE:
             rows = _span_of(torch.arange(self.first, self.last))
-            blocks = self._partial(rows, _span_of(torch.arange(len(self.columns))))
-            candidates.append([Region(rows, tuple(blocks))])
+            everything = Block(rows, _span_of(self.position), masked=True)
+            candidates.append([Region(rows, (everything,))])
         best = min(candidates, key=lambda regions: sum(PlanCost.of(b) for r in regions for b in r.blocks))
-        return tuple(self._in_columns(region) for region in best if region.blocks)
+        finished = [self._finished(region) for region in best]
+        return tuple(region for region in finished if region.blocks)
 
     def _regions(self, target: int) -> list[Region]:
         """Regions of about `target` rows where segments are short. Rows that see the past alike go together."""
@@ -219,23 +222,26 @@ class _Planner:
         some &= ~full
         blocks = [Block(rows, _span(full))] if bool(full.any()) else []
         if bool(some.any()):
-            blocks += self._partial(rows, _span(some), may_be_causal=self.window is None and not whole)
+            keys = _span(some)
+            # The keys that only some rows see are the rows themselves: causal.
+            causal = self.window is None and not whole and torch.equal(_indices(rows), _indices(keys))
+            blocks.append(Block(rows, keys, causal=causal, masked=not causal))
         return Region(rows, tuple(blocks))
 
-    def _partial(self, rows: Span, keys: Span, may_be_causal: bool = False) -> list[Block]:
-        """A causal call where the keys are the rows themselves, else a masked one."""
-        r, k = _indices(rows), _indices(keys)
-        if may_be_causal and torch.equal(r, k):
-            return [Block(rows, keys, causal=True)]
-        of_rows = [x[r][:, None] for x in (self.modality, self.position, self.segment)]
-        of_keys = [x[k][None, :] for x in (self.modality, self.position, self.segment)]
-        seen = visible_pair(self.rules, self.window, *of_rows, *of_keys)
-        return [Block(rows, keys, mask=seen)] if bool(seen.any()) else []
-
-    def _in_columns(self, region: Region) -> Region:
-        """From positions to query rows and key columns."""
-        rows = _span_of(self.columns[_indices(region.rows)] - self.start)
-        blocks = [Block(rows, _span_of(self.columns[_indices(b.keys)]), b.causal, b.mask) for b in region.blocks]
+    def _finished(self, region: Region) -> Region:
+        """With masks, in query rows and key columns in place of positions, without blocks that show nothing."""
+        r = _indices(region.rows)
+        rows = _span_of(self.columns[r] - self.start)
+        blocks = []
+        for block in region.blocks:
+            k, mask = _indices(block.keys), None
+            if block.masked:
+                of_rows = [x[r][:, None] for x in (self.modality, self.position, self.segment)]
+                of_keys = [x[k][None, :] for x in (self.modality, self.position, self.segment)]
+                mask = visible_pair(self.rules, self.window, *of_rows, *of_keys)
+                if not bool(mask.any()):
+                    continue
+            blocks.append(Block(rows, _span_of(self.columns[k]), block.causal, block.masked, mask))
         return Region(rows, tuple(blocks))
 
 

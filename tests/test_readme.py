@@ -1,0 +1,99 @@
+"""README.md keeps its word: its Python runs, and its tables name what there is, no more and no less. CONTRIBUTING.md
+draws the imports as they are."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import moda_kernels as mk
+from moda_kernels import backends
+
+ROOT = Path(__file__).parents[1]
+README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
+
+if not README.exists():
+    pytest.skip("the tests stand alone, without the source tree", allow_module_level=True)
+TEXT = README.read_text(encoding="utf-8")
+
+
+def python_blocks() -> list[tuple[int, str]]:
+    """(line of the first statement, code) of every Python block."""
+    found = re.finditer(r"^```python\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+    return [(TEXT.count("\n", 0, match.start(1)) + 1, match[1]) for match in found]
+
+
+def test_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All blocks, in order, in one namespace, as a reader would paste them. Tracebacks name README.md's lines."""
+    monkeypatch.chdir(tmp_path)
+    blocks = python_blocks()
+    assert blocks, "no Python in README.md"
+    namespace: dict[str, object] = {"__name__": "readme"}
+    for line, code in blocks:
+        exec(compile("\n" * (line - 1) + code, README, "exec"), namespace)
+    assert not list(tmp_path.iterdir()), "an example leaves files behind"
+
+
+def test_names_exist() -> None:
+    unknown = {name for name in re.findall(r"\bmk\.(\w+)", TEXT) if not hasattr(mk, name)}
+    assert not unknown
+
+
+def test_every_backend_has_a_column() -> None:
+    (header,) = re.findall(r"^\| \|(.*`reference`.*)\|$", TEXT, re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", header)) == set(backends.BACKENDS)
+
+
+def test_every_environment_variable_is_listed() -> None:
+    sources = [ROOT / "setup.py", *(ROOT / "moda_kernels").rglob("*.py")]
+    code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
+    read = set(re.findall(r"[\"'](MODA_KERNELS_\w+)[\"']", code))
+    listed = set(re.findall(r"^\| `(MODA_KERNELS_\w+)", TEXT, re.MULTILINE))
+    assert read == listed
+
+
+def test_links_lead_somewhere() -> None:
+    titles = re.findall(r"^#+ (.+)$", TEXT, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+    for target in re.findall(r"\]\(([^)]+)\)", TEXT):
+        if target.startswith("#"):
+            assert target[1:] in anchors
+        elif not target.startswith("https://"):
+            assert (ROOT / target).exists(), target
+
+
+def test_place_for_results() -> None:
+    """The performance table is filled from result files, between these lines."""
+    assert TEXT.count("<!-- results:begin -->") == TEXT.count("<!-- results:end -->") == 1
+    assert TEXT.index("<!-- results:begin -->") < TEXT.index("<!-- results:end -->")
+
+
+def imports(path: Path) -> set[str]:
+    """The files and folders of the package that a file imports from; the compiled extension is none."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == "moda_kernels":
+            names = [f"moda_kernels.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        found |= {(name.split(".") + ["__init__"])[1] for name in names if name.split(".")[0] == "moda_kernels"}
+    return found - {"_native"}
+
+
+def test_imports_go_one_way_as_contributing_draws_them() -> None:
+    package = ROOT / "moda_kernels"
+    text = CONTRIBUTING.read_text(encoding="utf-8")
+    drawing = re.findall(r"^```text\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)[0]
+    floors = [line.split("  ")[0].split(", ") for line in drawing.splitlines()]
+    height = {name: -i for i, names in enumerate(floors) for name in names}
+    assert len(height) == sum(map(len, floors)), "a name is drawn twice"
+    files = {path: path.relative_to(package).parts[0].removesuffix(".py") for path in package.rglob("*.py")}
+    assert set(files.values()) == set(height), "CONTRIBUTING.md draws other files than there are"
+    for path, own in files.items():
+        # What is no file of the package is something that `__init__` defines, such as `__version__`.
+        for other in {name if name in height else "__init__" for name in imports(path)} - {own}:
+            assert height[other] < height[own], f"{path.name} imports {other}, which isn't drawn below it"
