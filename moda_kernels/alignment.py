@@ -152,7 +152,7 @@ class DuplexAligner(nn.Module):
         aligned = torch.tensor([m in self.aligned for m in range(modalities)], device=tokens.device)
         mapped = (layout.counts.sum(1, keepdim=True) > layout.counts) & aligned
         identity = torch.eye(self.head_dim, dtype=dtype, device=tokens.device)
-        return ModalityMap(torch.where(mapped[..., None, None, None], matrix, identity), mapped)
+        return ModalityMap(torch.where(mapped[..., None, None, None], matrix, identity), mapped, None, layout)
 
     def extra_repr(self) -> str:
         return (
@@ -236,7 +236,7 @@ def released_key_map(
     mapped = has_text[:, None] & of_vision
     where = mapped[..., None, None, None]
     matrix = torch.where(where, turned, identity).expand(-1, -1, keys.shape[1], -1, -1)
-    return ModalityMap(matrix, mapped, torch.where(where, unit[:, None], 0))
+    return ModalityMap(matrix, mapped, torch.where(where, unit[:, None], 0), layout)
 
 
 def modality_gram(x: Tensor, y: Tensor, layout: ModalityLayout | Tensor, by: str = "modality") -> Tensor:

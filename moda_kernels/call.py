@@ -87,7 +87,7 @@ class AttentionCall:
             raise checks.wrong_type("key_map", "a KeyMap (call the aligner on the keys)", key_map)
         known = mask if mask is not None else key_map
         layout = as_layout(layout, None if known is None else known.num_modalities)
-        query, key, value = _autocast(query, key, value)
+        query, key, value = _autocast(layout.device, query, key, value)
         _check_shapes(query, key, value, layout, enable_gqa)
         queries = layout.queries(query.shape[0] if layout.packed else query.shape[2], query_start, cu_seqlens_q)
         if mask is None:
@@ -116,6 +116,7 @@ class AttentionCall:
         if pseudo is not None:
             if not isinstance(pseudo, PseudoAttention):
                 raise checks.wrong_type("pseudo", "a PseudoAttention", pseudo)
+            pseudo.check()
             for name, parameter in pseudo.parameters.items():
                 _check_per_head(f"pseudo.{name}", parameter, heads, layout.device)
         return cls(
@@ -140,14 +141,13 @@ class AttentionCall:
         return result if overflow is None else torch.where(overflow, float("nan"), result)
 
 
-def _autocast(*tensors: Tensor) -> list[Tensor]:
+def _autocast(device: torch.device, *tensors: Tensor) -> list[Tensor]:
     """Under autocast, what torch SDPA does: float tensors (but float64) in the autocast dtype."""
     for name, t in zip(("query", "key", "value"), tensors, strict=True):
-        checks.float_tensor(name, t)
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
+        checks.same_device(name, checks.float_tensor(name, t), device, "the layout")
+    if not torch.is_autocast_enabled(device.type):
         return list(tensors)
-    dtype = torch.get_autocast_dtype(kind)
+    dtype = torch.get_autocast_dtype(device.type)
     return [t if t.dtype == torch.float64 else t.to(dtype) for t in tensors]
 
 
@@ -159,7 +159,6 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, layout: ModalityLay
             raise checks.wrong_value(name, f"{axes} with {kind} layout", t)
         if t.dtype != query.dtype:
             raise checks.wrong_type(name, f"{query.dtype}, as query", t)
-        checks.same_device(name, t, layout.device, "the layout")
     tokens, heads = (0, 1) if layout.packed else (2, 1)
     expected = layout.num_tokens if layout.packed else layout.modality.shape[1]
     for name, t in (("key", key), ("value", value)):

@@ -5,13 +5,13 @@ never look ahead and aligned keys never change. One matrix per segment can outgr
 segments are walked in chunks with a running Gram per modality, and each chunk is computed again in the backward.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from moda_kernels import checks, ops
+from moda_kernels import ops
 from moda_kernels.keymap import KeyMap, compute_dtype, fused_matrix, normed
 from moda_kernels.layout import ModalityLayout
 
@@ -42,24 +42,6 @@ class CausalMap(KeyMap):
     norm: str
     aligned: tuple[int, ...]
     chunk: int | None = None
-    made_for: tuple[object, ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "made_for", self.signature(self.layout))
-
-    @staticmethod
-    def signature(layout: ModalityLayout) -> tuple[object, ...]:
-        return *KeyMap.signature(layout), layout.modality.shape
-
-    def check(self, layout: ModalityLayout, num_heads: int, head_dim: int) -> None:
-        super().check(layout, num_heads, head_dim)
-        # One matrix per segment fits one layout only; on CUDA values are not looked at.
-        if (
-            layout is not self.layout
-            and layout.device.type == "cpu"
-            and not torch.equal(layout.segment, self.layout.segment)
-        ):
-            raise checks.wrong_value("key_map", "a map made with this layout", "one made with other segments")
 
     @property
     def num_heads(self) -> int:  # type: ignore[override]
@@ -68,10 +50,6 @@ class CausalMap(KeyMap):
     @property
     def head_dim(self) -> int:  # type: ignore[override]
         return self.source.shape[2]
-
-    @property
-    def num_modalities(self) -> int:  # type: ignore[override]
-        return self.layout.num_modalities
 
     def align(self, key: Tensor, layout: ModalityLayout) -> Tensor:
         with torch.autocast(key.device.type, enabled=False):

@@ -16,7 +16,8 @@ def describe(value: Any) -> str:
     """Short description of a value for an error message."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}, {value.dtype}, {value.device}"
-    return f"{value!r} ({type(value).__name__})"
+    text = repr(value)
+    return f"{text if len(text) <= 80 else text[:79] + '…'} ({type(value).__name__})"
 
 
 def wrong_value(name: str, expected: str, got: Any) -> ValueError:

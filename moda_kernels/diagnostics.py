@@ -36,7 +36,7 @@ def attention_share(
     Raises:
         ValueError, TypeError: as :func:`moda_kernels.moda_attention`.
     """
-    layout = as_layout(layout, None if mask is None else mask.num_modalities)
+    layout = as_layout(layout, getattr(mask, "num_modalities", None))
     mass, queries = _mass(query, key, layout, mask, options)
     return _mean_by_modality(mass, torch.ones_like(mass[..., 0], dtype=torch.bool), layout, queries)
 
@@ -66,7 +66,7 @@ def modal_disparity(
 
     Args, Raises: as :func:`attention_share`.
     """
-    layout = as_layout(layout, None if mask is None else mask.num_modalities)
+    layout = as_layout(layout, getattr(mask, "num_modalities", None))
     mass, queries = _mass(query, key, layout, mask, options)
     rule = mask or (ModularMask.causal if options.get("is_causal") else ModularMask.full)(layout.num_modalities)
     visible = rule.count_visible(layout, queries)  # [B, Lq, M]
@@ -90,6 +90,8 @@ def _mass(
 ) -> tuple[Tensor, QueryRows]:
     """Attention mass to each modality, ``[B or 1, Hq, Lq, M]``, and the query rows."""
     checks.float_tensor("key", key)
+    if "return_lse" in options:
+        raise TypeError("options: expected arguments that change the attention, got return_lse")
     one_hot = F.one_hot(layout.modality.clamp(min=0).long(), layout.num_modalities).to(key.dtype)
     heads = key.shape[1] if key.dim() > 1 else 1
     if layout.packed:
@@ -145,14 +147,17 @@ def plot_attention_share(
     for layer in layers:
         if layer.dim() != 4 or layer.shape[-1] != layer.shape[-2]:
             raise checks.wrong_value("shares", "[N, Hq, M, M] per layer", layer)
-    size = layers[0].shape[-1] if layers else 0
+    if not layers or any(layer.shape[-1] != layers[0].shape[-1] for layer in layers):
+        got = f"layers of {[layer.shape[-1] for layer in layers]} modalities"
+        raise checks.wrong_value("shares", "at least one layer, all with the same modalities", got)
+    size = layers[0].shape[-1]
     names = list(modalities) if modalities is not None else [str(m) for m in range(size)]
     if len(names) != size or (titles is not None and len(titles) != len(layers)):
         raise checks.wrong_value("modalities, titles", f"{size} and {len(layers)} names", f"{modalities}, {titles}")
     figure = Figure(figsize=(2.6 * max(len(layers), 1) + 0.8, 3.0), layout="constrained")
     for i, layer in enumerate(layers):
         axes = figure.add_subplot(1, len(layers), i + 1)
-        mean = layer.nanmean((0, 1))
+        mean = layer.nanmean((0, 1)).numpy()
         image = axes.imshow(mean, vmin=0, vmax=1, cmap="viridis")
         for a in range(size):
             for b in range(size):

@@ -58,12 +58,17 @@ class KeyMap:
     Applied by :func:`align_keys`, or by :func:`moda_kernels.moda_attention`, which need not write the aligned keys.
 
     Attributes:
-        num_heads, head_dim: Hkv and D of the keys that it maps. num_modalities: M of their layout.
+        num_heads, head_dim: Hkv and D of the keys that it maps.
+        layout: of the keys that it was made from.
     """
 
     num_heads: int
     head_dim: int
-    num_modalities: int
+    layout: ModalityLayout
+
+    @property
+    def num_modalities(self) -> int:
+        return self.layout.num_modalities
 
     def check(self, layout: ModalityLayout, num_heads: int, head_dim: int) -> None:
         """Raise a ValueError where this map is for other keys."""
@@ -71,15 +76,16 @@ class KeyMap:
             raise checks.wrong_value(
                 "key_map", f"a map for {num_heads} key heads of size {head_dim}", f"{self.num_heads} of {self.head_dim}"
             )
-        if self.made_for != self.signature(layout):
-            raise checks.wrong_value("key_map", f"a map made with {layout!r}", f"one for {self.made_for}")
-
-    #: What of its layout a map depends on.
-    made_for: tuple[object, ...]
-
-    @staticmethod
-    def signature(layout: ModalityLayout) -> tuple[object, ...]:
-        return layout.num_sequences, layout.num_modalities, layout.device
+        if layout is self.layout:
+            return
+        mine, theirs = self.layout.modality, layout.modality
+        fits = (mine.shape, mine.device, self.num_modalities) == (theirs.shape, theirs.device, layout.num_modalities)
+        # On CUDA values are not looked at.
+        if fits and mine.device.type == "cpu":
+            fits = torch.equal(self.layout.segment, layout.segment) and torch.equal(mine, theirs)
+            fits = fits and torch.equal(self.layout.cu_seqlens, layout.cu_seqlens)
+        if not fits:
+            raise checks.wrong_value("key_map", f"a map made with {layout!r}", f"one made with {self.layout!r}")
 
     def align(self, key: Tensor, layout: ModalityLayout) -> Tensor:
         """Fused keys of ``[tokens, Hkv, D]``, in the same shape and dtype."""
@@ -94,11 +100,13 @@ class ModalityMap(KeyMap):
         matrix: A ``[N, M, Hkv, D, D]``, the identity where keys stay as they are.
         mapped: bool ``[N, M]``, which keys are mapped.
         unit_matrix: B of the released variant, else None; u_t is the normed key.
+        layout: of the keys that it was made from.
     """
 
     matrix: Tensor
     mapped: Tensor
-    unit_matrix: Tensor | None = None
+    unit_matrix: Tensor | None
+    layout: ModalityLayout
 
     @property
     def num_heads(self) -> int:  # type: ignore[override]
@@ -107,14 +115,6 @@ class ModalityMap(KeyMap):
     @property
     def head_dim(self) -> int:  # type: ignore[override]
         return self.matrix.shape[3]
-
-    @property
-    def num_modalities(self) -> int:  # type: ignore[override]
-        return self.matrix.shape[1]
-
-    @property
-    def made_for(self) -> tuple[object, ...]:  # type: ignore[override]
-        return (*self.matrix.shape[:2], self.matrix.device)
 
     @property
     def foldable(self) -> bool:

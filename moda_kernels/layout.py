@@ -245,7 +245,7 @@ def segment_modalities(
 
     modality = torch.where(in_range, modality_ids, -1).int().flatten()
     items = None if item_ids is None else item_ids.long().flatten().contiguous()
-    cu_seqlens = cu_seqlens.int().contiguous()
+    cu_seqlens = cu_seqlens.to(torch.int32, copy=True).contiguous()
     segment_tokens = native.segment_tokens if native.runs_on(modality.device) else segment_tokens_torch
     segment_table = native.segment_table if native.runs_on(modality.device) else segment_table_torch
     segment, position, sequence, prefix, num_segments = segment_tokens(modality, items, cu_seqlens, num_modalities)

@@ -34,6 +34,10 @@ class PseudoAttention:
     length: int | float | None = None
 
     def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raise for parameters out of range; learned ones may get there after they were first looked at."""
         _check_pseudo_parameter("base", self.base, lambda x: x == x, "finite")
         _check_pseudo_parameter("decay", self.decay, lambda x: x >= 0, "finite and >= 0")
         if self.length is None:
@@ -98,7 +102,10 @@ def log_geometric_sum(decay: Tensor, count: Tensor) -> Tensor:
     x = torch.where(small, 1, decay)  # keeps 0/0 out of the gradient of the branch not taken
     quotient = torch.log(torch.expm1(-x * count) / torch.expm1(-x))
     b = torch.where(small, decay, 0)
-    c2 = count.square()
-    b2 = b.square()
-    series = (c2 - 1) / 24 - b2 * ((c2.square() - 1) / 2880 - b2 * (c2 * c2.square() - 1) / 181440)
-    return torch.where(small, count.log() - b * (count - 1) / 2 + b2 * series, quotient)
+
+    def even_terms(x: Tensor) -> Tensor:
+        square = x.square()
+        return square * (1 / 24 - square * (1 / 2880 - square / 181440))
+
+    series = count.log() - b * (count - 1) / 2 + even_terms(b * count) - even_terms(b)
+    return torch.where(small, series, quotient)

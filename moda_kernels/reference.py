@@ -173,14 +173,6 @@ class _TokenMap(KeyMap):
     def head_dim(self) -> int:  # type: ignore[override]
         return self.source.shape[2]
 
-    @property
-    def num_modalities(self) -> int:  # type: ignore[override]
-        return self.layout.num_modalities
-
-    @property
-    def made_for(self) -> tuple[object, ...]:  # type: ignore[override]
-        return self.signature(self.layout)
-
     def align(self, key: Tensor, layout: ModalityLayout) -> Tensor:
         return self.aligner._fused(self.source, key, layout)
 
@@ -212,7 +204,7 @@ def released_key_map(
         matrix[sequence, vision] = weight.to(dtype).T
         unit_matrix[sequence, vision] = gram @ torch.diag(ratio.to(dtype).flatten()) @ weight.to(dtype).T
         mapped[sequence, vision] = True
-    return ModalityMap(matrix, mapped, unit_matrix)
+    return ModalityMap(matrix, mapped, unit_matrix, layout)
 
 
 def align_keys(key: Tensor, key_map: KeyMap, layout: ModalityLayout) -> Tensor:
