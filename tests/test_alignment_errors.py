@@ -68,17 +68,17 @@ ERRORS: dict[str, tuple[Callable[[], object], type[Exception], list[str]]] = {
     "causal key_map, length": (
         lambda: mk.align_keys(torch.randn(1, 2, 5, D), CAUSAL(KEY, BATCH), LONGER),
         ValueError,
-        ["key_map", "1 x 5", "[1, 4]"],
+        ["key_map", "1 x 5", "batch of 1 x 4"],
     ),
     "causal key_map, length, attention": (
         lambda: attend(CAUSAL(KEY, BATCH), LONGER, torch.randn(1, 2, 5, D)),
         ValueError,
-        ["key_map", "1 x 5", "[1, 4]"],
+        ["key_map", "1 x 5", "batch of 1 x 4"],
     ),
     "causal key_map, packing": (
         lambda: attend(CAUSAL(KEY, BATCH), packed([0, 1, 1, 0], [0, 4], 2), KEY[0].transpose(0, 1)),
         ValueError,
-        ["key_map", "packed", "[1, 4]"],
+        ["key_map", "packed", "batch of 1 x 4"],
     ),
 }
 

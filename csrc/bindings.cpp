@@ -1,0 +1,144 @@
+// The Python module `moda_kernels._native`. Pointers and the stream arrive as integers, checked by native.py, which
+// also owns all memory; device -1 is the CPU. The GIL is released throughout.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "segmentation.h"
+#include "tiles.h"
+#if defined(MODA_WITH_CUDA)
+#include "cuda.h"
+#endif
+
+#if !defined(MODA_MODULE)
+#define MODA_MODULE _native
+#endif
+#if !defined(MODA_CUDA_ARCHITECTURES)
+#define MODA_CUDA_ARCHITECTURES ""
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = uintptr_t;
+
+template <class T = int32_t>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+#if defined(MODA_WITH_CUDA)
+constexpr bool kWithCuda = true;
+using moda::cuda::probe;
+using moda::cuda::runtime_version;
+using moda::cuda::segment_tokens_workspace;
+
+template <class Arguments>
+void run(void (*on_cpu)(const Arguments&), void (*on_cuda)(const Arguments&, const moda::cuda::Queue&),
+         const Arguments& arguments, int device, Address stream, Address workspace) {
+  if (device < 0) {
+    on_cpu(arguments);
+  } else {
+    on_cuda(arguments, {device, stream, at(workspace)});
+  }
+}
+#define MODA_RUN(name, ...) run(moda::cpu::name, moda::cuda::name, __VA_ARGS__)
+#else
+constexpr bool kWithCuda = false;
+std::string probe(int) { return "built without CUDA"; }
+int runtime_version() { return 0; }
+int64_t segment_tokens_workspace(int, int) { return 0; }
+
+template <class Arguments>
+void run(void (*on_cpu)(const Arguments&), const Arguments& arguments, int device, Address, Address) {
+  if (device >= 0) throw std::runtime_error("moda_kernels: built without CUDA");
+  on_cpu(arguments);
+}
+#define MODA_RUN(name, ...) run(moda::cpu::name, __VA_ARGS__)
+#endif
+
+void segment_tokens(int device, Address stream, Address workspace, int tokens, int sequences, int modalities,
+                    Address modality, Address items, Address cu_seqlens, Address segment, Address position,
+                    Address sequence, Address prefix, Address num_segments) {
+  const moda::SegmentTokens a{tokens,       sequences,    modalities,   at(modality), at<int64_t>(items), at(cu_seqlens),
+                              at(segment),  at(position), at(sequence), at(prefix),   at(num_segments)};
+  MODA_RUN(segment_tokens, a, device, stream, workspace);
+}
+
+void segment_table(int device, Address stream, int tokens, int max_segments, Address modality, Address segment,
+                   Address sequence, Address table) {
+  const moda::SegmentTable a{tokens, max_segments, at(modality), at(segment), at(sequence), at(table)};
+  MODA_RUN(segment_table, a, device, stream, 0);
+}
+
+moda::Mask mask_of(const std::vector<int>& rules, int modalities, int window) {
+  if (modalities < 1 || modalities > moda::kMaxModalities ||
+      rules.size() != static_cast<size_t>(modalities) * modalities) {
+    throw std::invalid_argument("rules: expected M * M of them, M from 1 to " + std::to_string(moda::kMaxModalities) +
+                                ", got " + std::to_string(rules.size()));
+  }
+  moda::Mask mask{modalities, window, {}};
+  std::transform(rules.begin(), rules.end(), mask.rules, [](int rule) { return static_cast<uint8_t>(rule & 7); });
+  return mask;
+}
+
+// A side of the tile lists, as Python passes it: addresses of cu_seqlens, rows, lists and counts; block, tiles, width.
+using SideArguments = std::tuple<Address, Address, Address, Address, int, int, int>;
+
+moda::Side side_of(const SideArguments& side) {
+  const auto [cu_seqlens, rows, lists, counts, block, tiles, width] = side;
+  if (block < 1 || tiles < 0 || width < 0 || width > moda::kMaxListedTokens) {
+    throw std::invalid_argument("tile lists: expected block >= 1, tiles >= 0 and width from 0 to " +
+                                std::to_string(moda::kMaxListedTokens) + ", got " + std::to_string(block) + ", " +
+                                std::to_string(tiles) + " and " + std::to_string(width));
+  }
+  return {at(cu_seqlens), block, tiles, width, at(rows), at(lists), at(counts), nullptr, nullptr, nullptr};
+}
+
+int64_t tile_lists_workspace(int sequences, int modalities, int query_tiles, int key_tiles) {
+  moda::Side queries{}, keys{};
+  queries.tiles = query_tiles;
+  keys.tiles = key_tiles;
+  return workspace_of(queries, sequences, modalities) + workspace_of(keys, sequences, modalities);
+}
+
+void tile_lists(int device, Address stream, Address workspace, int sequences, int modalities, Address modality,
+                Address segment, Address position, Address first_column, const std::vector<int>& rules, int window,
+                const SideArguments& queries, const SideArguments& keys, Address overflow) {
+  const moda::TileLists a{sequences,        at(modality),     at(segment),
+                          at(position),     at(first_column), mask_of(rules, modalities, window),
+                          side_of(queries), side_of(keys),    at(overflow)};
+  MODA_RUN(tile_lists, a, device, stream, workspace);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(MODA_MODULE, module) {
+  using namespace pybind11::literals;
+  using Unlocked = py::call_guard<py::gil_scoped_release>;
+  module.doc() = "Segmentation and tile lists in C++ and CUDA; use it through moda_kernels.native.";
+  module.attr("WITH_CUDA") = kWithCuda;
+  module.attr("CUDA_ARCHITECTURES") = MODA_CUDA_ARCHITECTURES;
+  module.attr("CUDA_RUNTIME") = runtime_version();
+  module.attr("MAX_MODALITIES") = moda::kMaxModalities;
+  module.attr("MAX_LISTED_TOKENS") = moda::kMaxListedTokens;
+  module.attr("NO_WINDOW") = moda::kNoWindow;
+  module.def("cuda_probe", &probe, "device"_a, Unlocked(), "Why this build cannot run on a CUDA device, or ''.");
+  module.def("segment_tokens_workspace", &segment_tokens_workspace, "tokens"_a, "modalities"_a);
+  module.def("segment_tokens", &segment_tokens, py::kw_only(), "device"_a, "stream"_a, "workspace"_a, "tokens"_a,
+             "sequences"_a, "modalities"_a, "modality"_a, "items"_a, "cu_seqlens"_a, "segment"_a, "position"_a,
+             "sequence"_a, "prefix"_a, "num_segments"_a, Unlocked());
+  module.def("segment_table", &segment_table, py::kw_only(), "device"_a, "stream"_a, "tokens"_a, "max_segments"_a,
+             "modality"_a, "segment"_a, "sequence"_a, "table"_a, Unlocked());
+  module.def("tile_lists_workspace", &tile_lists_workspace, "sequences"_a, "modalities"_a, "query_tiles"_a,
+             "key_tiles"_a);
+  module.def("tile_lists", &tile_lists, py::kw_only(), "device"_a, "stream"_a, "workspace"_a, "sequences"_a,
+             "modalities"_a, "modality"_a, "segment"_a, "position"_a, "first_column"_a, "rules"_a, "window"_a,
+             "queries"_a, "keys"_a, "overflow"_a, Unlocked());
+}

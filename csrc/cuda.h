@@ -1,0 +1,34 @@
+// The CUDA half of the extension, as the bindings see it: no CUDA headers needed, so that the bindings also build alone.
+//
+// Nothing here allocates, waits or copies to the host, so every call can be captured in a CUDA graph. Errors are thrown.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "segmentation.h"
+#include "tiles.h"
+
+namespace moda::cuda {
+
+struct Queue {
+  int device;
+  uintptr_t stream;    // a cudaStream_t
+  int32_t* workspace;  // of the size below, aligned to 16 bytes
+};
+
+// Why this build cannot run on a device, or "". Loads the kernels, so that a capture never has to.
+std::string probe(int device);
+int runtime_version();
+
+int64_t segment_tokens_workspace(int tokens, int modalities);
+
+void segment_tokens(const SegmentTokens&, const Queue&);
+void segment_table(const SegmentTable&, const Queue&);
+void tile_lists(const TileLists&, const Queue&);
+
+// One for each CUDA file: load its kernels on the current device. Returns a cudaError_t.
+int load_segmentation();
+int load_tiles();
+
+}  // namespace moda::cuda

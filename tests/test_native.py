@@ -1,0 +1,460 @@
+"""The native extension: C++, CUDA and the PyTorch twins all say what the definitions say.
+
+Each property test runs for every implementation that this machine can run: the twins ("torch"), the C++ code ("cpu"),
+the CUDA kernels on a GPU ("cuda"), and the same kernels compiled for the CPU ("emulated", see `csrc/emulation.h`),
+which shows on any machine that their logic is right.
+"""
+
+import importlib.util
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import types
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moda_kernels import ModularMask, layout, native, segment_modalities, tiles
+
+pytest.importorskip("hypothesis")
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+CSRC = Path(__file__).parents[1] / "csrc"
+CUDA_FILES = ("cuda_segmentation.cu", "cuda_tiles.cu")
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """Takes and returns CPU tensors, wherever it works."""
+
+    name: str
+    examples: int
+    device: torch.device = CPU
+    extension: types.ModuleType | None = None
+
+    def __call__(self, function: str, *args: Any) -> tuple[Tensor, ...]:
+        with pytest.MonkeyPatch.context() as patch:
+            if self.extension is not None:
+                patch.setattr(native, "_extension", self.extension)
+                patch.setattr(native, "_queue", lambda device: (0, 0))
+            module = native
+            if self.name == "torch":
+                module, function = (tiles if function == "tile_lists" else layout), function + "_torch"
+            made = getattr(module, function)(*(a.to(self.device) if isinstance(a, Tensor) else a for a in args))
+        return tuple(t.cpu() for t in (made if isinstance(made, tuple) else (made,)))
+
+
+EMULATED = pytest.param("emulated", marks=pytest.mark.slow)
+ON_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
+
+
+@pytest.fixture(scope="module", params=["torch", "cpu", EMULATED, ON_GPU])
+def implementation(request: pytest.FixtureRequest) -> Implementation:
+    if request.param == "emulated":
+        return Implementation("emulated", 25, extension=request.getfixturevalue("emulated"))
+    device = torch.device("cuda" if request.param == "cuda" else "cpu")
+    if request.param != "torch" and not native.runs_on(device):
+        pytest.skip(f"native extension: {native.why_not(device.type)}")
+    return Implementation(request.param, 50, device)
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> types.ModuleType:
+    """The CUDA files compiled by the C++ compiler, as an extension module."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if not CSRC.is_dir() or compiler is None or importlib.util.find_spec("pybind11") is None:
+        pytest.skip("needs the sources (csrc/), a C++ compiler and pybind11")
+    import pybind11
+
+    folder = tmp_path_factory.mktemp("emulated")
+    # Fortified jumps (the default of some distributions) take a change of stack for a fault.
+    flags = ["-std=c++17", "-O1", "-U_FORTIFY_SOURCE", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+    flags += ["-DMODA_EMULATE_CUDA", "-DMODA_WITH_CUDA"]
+    includes = [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"])]
+    builds = []
+    for name in ("bindings.cpp", "cpu.cpp", *CUDA_FILES):  # side by side, as most of the time goes to the bindings
+        command = [compiler, *flags, "-DMODA_MODULE=_emulated", *includes, "-c", "-x", "c++", CSRC / name]
+        builds.append(subprocess.Popen([*command, "-o", folder / f"{name}.o"], stderr=subprocess.PIPE, text=True))
+    for build in builds:
+        errors = build.communicate()[1]
+        assert build.returncode == 0, errors
+    library = folder / "_emulated.so"
+    subprocess.run([compiler, "-shared", *sorted(folder.glob("*.o")), "-o", library], check=True)
+    spec = importlib.util.spec_from_file_location("_emulated", library)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# Segmentation
+
+
+@dataclass(frozen=True)
+class Tokens:
+    modality: Tensor
+    items: Tensor | None
+    cu_seqlens: Tensor
+    num_modalities: int
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        return self.modality, self.items, self.cu_seqlens, self.num_modalities
+
+
+def runs(draw: st.DrawFn, total: int, values: st.SearchStrategy[int], longest: int) -> list[int]:
+    """`total` values in runs, as tokens come."""
+    out: list[int] = []
+    while len(out) < total:
+        out += [draw(values)] * draw(st.integers(1, longest))
+    return out[:total]
+
+
+@st.composite
+def tokens(draw: st.DrawFn, min_tokens: int = 0) -> Tokens:
+    """A batch or packed documents: padding anywhere, empty documents, items or none."""
+    num_modalities = draw(st.sampled_from([1, 2, 3, 5, 16]))
+    if draw(st.booleans()):
+        lengths = [draw(st.integers(0, 70))] * draw(st.integers(0, 4))
+    else:
+        lengths = draw(st.lists(st.integers(0, 40) | st.sampled_from([0, 1, 32, 150]), max_size=6))
+    if sum(lengths) < min_tokens:
+        lengths = [*lengths, min_tokens]
+    total, longest = sum(lengths), draw(st.sampled_from([1, 4, 40]))
+    ids = runs(draw, total, st.integers(-1, num_modalities - 1), longest)
+    items = runs(draw, total, st.sampled_from([0, 1, 2**40]), 10) if draw(st.booleans()) else None
+    return Tokens(
+        torch.tensor(ids, dtype=torch.int32),
+        None if items is None else torch.tensor(items, dtype=torch.int64),
+        torch.tensor([0, *lengths]).cumsum(0).int(),
+        num_modalities,
+    )
+
+
+def segments_by_definition(case: Tokens) -> tuple[list[int], list[int], list[int], list[list[int]], list[list[int]]]:
+    """Segment, position, sequence, prefix and table, token by token (the definition in the README)."""
+    ids = case.modality.tolist()
+    items = [0] * len(ids) if case.items is None else case.items.tolist()
+    bounds = case.cu_seqlens.tolist()
+    segment, position, sequence = ([-1] * len(ids) for _ in range(3))
+    prefix, table = [[0] * case.num_modalities], []
+    for n, (start, end) in enumerate(itertools.pairwise(bounds)):
+        seen, previous = 0, None
+        for t in range(start, end):
+            sequence[t] = n
+            prefix.append(prefix[-1][:])
+            kind = (ids[t], items[t])
+            if ids[t] >= 0:
+                if kind != previous:
+                    table.append([n, t, 0, ids[t]])
+                segment[t], position[t] = len(table) - 1, seen
+                table[-1][2] += 1
+                prefix[-1][ids[t]] += 1
+                seen += 1
+            previous = kind
+    return segment, position, sequence, prefix, table
+
+
+def test_segments_as_defined(implementation: Implementation) -> None:
+    @settings(max_examples=implementation.examples)
+    @given(tokens(), st.integers(-2, 3))
+    def check(case: Tokens, spare: int) -> None:
+        made = implementation("segment_tokens", *case.arguments)
+        *expected, table = segments_by_definition(case)
+        assert [t.tolist() for t in made[:4]] == expected
+        assert made[4].tolist() == [len(table)]
+        max_segments = max(0, len(table) + spare)
+        rows = implementation("segment_table", case.modality, made[0], made[2], max_segments)[0].tolist()
+        assert rows == (table + [[0] * 4] * max_segments)[:max_segments]
+
+    check()
+
+
+def many_tokens(rows: int, packed: bool, num_modalities: int) -> Tokens:
+    """Runs of 1 to 400 tokens, in rows of 4096 or in documents of up to 10,000 tokens with items."""
+    total = 4096 * rows
+
+    def in_runs(values: Tensor) -> Tensor:
+        return values.repeat_interleave(torch.randint(1, 401, values.shape))[:total]
+
+    runs = total // 100
+    ids = in_runs(torch.randint(-1, num_modalities, (runs,))).int()
+    if not packed:
+        return Tokens(ids, None, torch.arange(0, total + 1, 4096, dtype=torch.int32), num_modalities)
+    bounds = torch.randint(0, 10_001, (rows,)).cumsum(0).clamp(max=total)
+    bounds[0], bounds[-1] = 0, total
+    return Tokens(ids, in_runs(torch.arange(runs)), bounds.int(), num_modalities)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
+@pytest.mark.parametrize("num_modalities", [3, 40])
+def test_many_tokens(implementation: Implementation, packed: bool, num_modalities: int) -> None:
+    if implementation.name == "torch":
+        pytest.skip("the twin is what the others are compared with")
+    # Over 2^18 tokens a warp of the kernels goes on from one 32 tokens to the next. Over 30 modalities it shares them
+    # with another.
+    rows = 4 if num_modalities > 3 else 65 if implementation.name == "emulated" else 256
+    case, twin = many_tokens(rows, packed, num_modalities), Implementation("torch", 0)
+    made, expected = (i("segment_tokens", *case.arguments) for i in (implementation, twin))
+    assert all(map(torch.equal, made, expected))
+    of_table = (case.modality, expected[0], expected[2], int(expected[4]) + 5)
+    table, expected_table = (i("segment_table", *of_table)[0] for i in (implementation, twin))
+    assert torch.equal(table, expected_table)
+
+
+# Tile lists
+
+
+@dataclass(frozen=True)
+class Lists:
+    """Arguments of a `tile_lists`, and the truth to compare with."""
+
+    arguments: tuple[Any, ...]
+    visible: Tensor  # bool [queries, keys], the batch flattened
+    real: Tensor  # bool [queries]
+
+
+@st.composite
+def lists(draw: st.DrawFn) -> Lists:
+    case = draw(tokens(min_tokens=1))
+    lengths = case.cu_seqlens.diff().tolist()
+    batch = len(set(lengths)) == 1 and draw(st.booleans())
+    if batch:
+        made = segment_modalities(case.modality.view(len(lengths), -1), num_modalities=case.num_modalities)
+        queries = made.queries(draw(st.integers(0, lengths[0])))
+    else:
+        made = segment_modalities(
+            case.modality, num_modalities=case.num_modalities, item_ids=case.items, cu_seqlens=case.cu_seqlens
+        )
+        of_query = [draw(st.integers(0, n)) for n in lengths]
+        starts = [draw(st.integers(0, n - q)) for n, q in zip(lengths, of_query, strict=True)]
+        start = torch.tensor(starts) if draw(st.booleans()) else None
+        queries = made.queries(sum(of_query), start, torch.tensor([0, *of_query]).cumsum(0))
+    pasts = st.sampled_from([0, 1, 1, 2, 3])
+    rule = draw(st.sampled_from([pasts, st.integers(0, 7)]))
+    m = range(case.num_modalities)
+    window = draw(st.none() | st.sampled_from([1, 2, 5, 20, 1000, 2**31 - 1]))
+    mask = ModularMask(tuple(tuple(draw(rule) for _ in m) for _ in m), window)
+    blocks = st.sampled_from([1, 3, 4, 8, 16, 64])
+    block_q, block_k = draw(blocks), draw(blocks)
+
+    dense = mask.visible_to(made, queries)
+    if batch:
+        dense = torch.block_diag(*dense.int()).bool()
+    arguments = (
+        made.modality.flatten(), made.segment.flatten(), made.position.flatten(), made.cu_seqlens,
+        queries.cu_seqlens, queries.first_column, [int(r) for row in mask.rules for r in row], window,
+        block_q, block_k, tiles._capacities(made, queries, block_q, block_k),
+    )  # fmt: skip
+    return Lists(arguments, dense, (queries.of(made.modality) >= 0).flatten())
+
+
+def tiles_by_definition(bounds: list[int], block: int, capacity: int) -> list[list[int]]:
+    cut = [
+        [n, row, min(block, end - row)]
+        for n, (start, end) in enumerate(itertools.pairwise(bounds))
+        for row in range(start, end, block)
+    ]
+    assert len(cut) <= capacity
+    return cut + [[0, 0, 0]] * (capacity - len(cut))
+
+
+def lists_by_definition(case: Lists) -> list[list[list[int]] | list[int]]:
+    """All seven outputs, from the dense mask."""
+    *_, cu_seqlens, cu_seqlens_q, _, _, _, block_q, block_k, capacities = case.arguments
+    q_tiles = tiles_by_definition(cu_seqlens_q.tolist(), block_q, capacities[0])
+    k_tiles = tiles_by_definition(cu_seqlens.tolist(), block_k, capacities[1])
+    full: dict[tuple[int, int], bool] = {}  # of the pairs that are not empty
+    for q, (n, q_row, q_rows) in enumerate(q_tiles):
+        rows = slice(q_row, q_row + q_rows)
+        seen = case.visible[rows][case.real[rows]]
+        for k, (m, k_row, k_rows) in enumerate(k_tiles):
+            pair = seen[:, k_row : k_row + k_rows]
+            if n == m and bool(pair.any()):
+                full[q, k] = k_rows == block_k and bool(pair.all())
+
+    def written(ids: list[tuple[int, bool]], width: int) -> tuple[list[int], list[int]]:
+        ordered = [i for i, whole in ids if whole] + [i for i, whole in ids if not whole]
+        return ordered + [0] * (width - len(ordered)), [sum(whole for _, whole in ids), len(ordered)]
+
+    def side(count: int, own: int, width: int) -> list[Any]:
+        made = [written([(p[1 - own], w) for p, w in sorted(full.items()) if p[own] == i], width) for i in range(count)]
+        return [[one for one, _ in made], [two for _, two in made]]
+
+    return [q_tiles, k_tiles, *side(capacities[0], 0, capacities[2]), *side(capacities[1], 1, capacities[3]), [0]]
+
+
+def test_tile_lists_as_defined(implementation: Implementation) -> None:
+    @settings(max_examples=implementation.examples)
+    @given(lists())
+    def check(case: Lists) -> None:
+        made = implementation("tile_lists", *case.arguments)
+        for output, expected in zip(made, lists_by_definition(case), strict=True):
+            assert output.tolist() == expected
+        for output, expected in zip(made, tiles.tile_lists_torch(*case.arguments), strict=True):
+            assert output.dtype == expected.dtype and torch.equal(output, expected)
+
+    check()
+
+
+def test_nothing_to_list(implementation: Implementation) -> None:
+    if implementation.name == "torch":
+        pytest.skip("the twin is not asked for lists without tokens")
+    none = torch.empty(0, dtype=torch.int32)
+    bounds, first = torch.zeros(4, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
+    made = implementation("tile_lists", none, none, none, bounds, bounds, first, [1], None, 4, 4, (2, 2, 0, 0))
+    assert [tuple(t.shape) for t in made] == [(2, 3), (2, 3), (2, 0), (2, 2), (2, 0), (2, 2), (1,)]
+    assert not any(bool(t.any()) for t in made)
+
+
+def test_long_sequences_overflow(implementation: Implementation) -> None:
+    total, block = tiles.MAX_TOKENS + 1000, 4096
+    ids = torch.zeros(total, dtype=torch.int32)
+    order = torch.arange(total, dtype=torch.int32)
+    bounds, first = torch.tensor([0, total], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    shapes = (17, 17, tiles.MAX_TOKENS // block, tiles.MAX_TOKENS // block)
+    made = implementation("tile_lists", ids, ids, order, bounds, bounds, first, [1], None, block, block, shapes)
+    assert made[-1].tolist() == [1]
+    assert bool((made[3][:, 1] <= shapes[2]).all())
+
+
+# The door
+
+
+def test_capacities_agree() -> None:
+    if not native.runs_on(CPU):
+        pytest.skip(f"native extension: {native.why_not('cpu')}")
+    extension = native._loaded()
+    assert (extension.MAX_MODALITIES, extension.MAX_LISTED_TOKENS) == (tiles.MAX_MODALITIES, tiles.MAX_TOKENS)
+    assert native.why_not("cpu") is None
+    assert "file" in native.build_info()
+
+
+def test_strided_arguments_are_taken(implementation: Implementation) -> None:
+    wide = torch.randint(-1, 2, (40, 2), dtype=torch.int32)
+    bounds = torch.tensor([0, 15, 40], dtype=torch.int32)
+    made, expected = (
+        implementation("segment_tokens", ids, None, bounds, 2) for ids in (wide[:, 0], wide[:, 0].clone())
+    )
+    assert all(map(torch.equal, made, expected))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"modality": torch.zeros(3, dtype=torch.int64)}, TypeError, "modality: expected a tensor of torch.int32, got"),
+        ({"items": torch.zeros(2, dtype=torch.int64)}, ValueError, r"items: expected shape .* = \(3,\), got"),
+        (
+            {"cu_seqlens": torch.zeros(2, dtype=torch.int32, device="meta")},
+            ValueError,
+            "cu_seqlens: expected a tensor on",
+        ),
+    ],
+)
+def test_wrong_arguments(change: dict[str, Tensor], error: type[Exception], message: str) -> None:
+    if not native.runs_on(CPU):
+        pytest.skip(f"native extension: {native.why_not('cpu')}")
+    ids, bounds = torch.zeros(3, dtype=torch.int32), torch.tensor([0, 3], dtype=torch.int32)
+    arguments: dict[str, Any] = {"modality": ids, "items": None, "cu_seqlens": bounds, "num_modalities": 1}
+    with pytest.raises(error, match=message):
+        native.segment_tokens(**arguments | change)
+
+
+def test_switched_off() -> None:
+    script = (
+        "import torch; from moda_kernels import native, segment_modalities\n"
+        "assert not native.runs_on(torch.device('cpu')) and native.build_info() == {}\n"
+        "assert 'MODA_KERNELS_NATIVE' in native.why_not('cpu')\n"
+        "assert segment_modalities(torch.tensor([[0, 1, 1]])).max_segments == 2"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"MODA_KERNELS_NATIVE": "0"})
+
+
+# CUDA
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
+def test_cuda_compiles(architecture: str, tmp_path: Path) -> None:
+    nvcc = shutil.which(os.environ.get("CUDACXX", "nvcc"))
+    if nvcc is None or not CSRC.is_dir():
+        pytest.skip("needs nvcc and the sources (csrc/)")
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    if architecture not in known:
+        pytest.skip(f"this nvcc does not know {architecture}")
+    flags = ["-std=c++17", "-O3", f"-arch={architecture}", "-Werror=all-warnings", "-cubin"]
+    done = subprocess.run([nvcc, *flags, *(CSRC / f for f in CUDA_FILES)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def on_cuda() -> torch.device:
+    device = torch.device("cuda", torch.cuda.current_device())
+    if not native.runs_on(device):
+        pytest.skip(f"native extension: {native.why_not('cuda')}")
+    return device
+
+
+def everything(ids: Tensor) -> list[Tensor]:
+    """A layout and its tile lists, without anything that waits for a device."""
+    made = segment_modalities(ids, num_modalities=3, max_segments=ids.numel())
+    lists = tiles.tile_lists(made, ModularMask.bidirectional_within(3, [1]), 128, 64)
+    fields = [made.segment, made.position, made.sequence, made.prefix, made.num_segments, made.table]
+    return fields + [getattr(lists, name) for name in tiles.TileLists.__dataclass_fields__]
+
+
+def multimodal(rows: int, length: int) -> Tensor:
+    return torch.randint(-1, 3, (rows, length // 64)).repeat_interleave(64, 1)
+
+
+@pytest.mark.gpu
+def test_cuda_does_not_synchronise(on_cuda: torch.device) -> None:
+    ids = multimodal(2, 4096)
+    there = ids.to(on_cuda)
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        made = everything(there)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(made, everything(ids), strict=True))
+
+
+@pytest.mark.gpu
+def test_cuda_graph(on_cuda: torch.device) -> None:
+    there = multimodal(2, 4096).to(on_cuda)
+    everything(there)  # as a capture wants it: what is loaded or tuned once has been
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = everything(there)
+    for _ in range(3):
+        ids = multimodal(2, 4096)
+        there.copy_(ids)
+        graph.replay()
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(made, everything(ids), strict=True))
+
+
+@pytest.mark.gpu
+def test_cuda_uses_the_current_stream(on_cuda: torch.device) -> None:
+    ids = multimodal(16, 65536)
+    stream = torch.cuda.Stream(on_cuda)
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)  # what runs elsewhere would read ids that are not there yet
+        made = everything(ids.pin_memory().to(on_cuda, non_blocking=True))
+    stream.synchronize()
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(made, everything(ids), strict=True))
+
+
+@pytest.mark.gpu
+def test_probe_of_a_device_that_is_not_there(on_cuda: torch.device) -> None:
+    assert "invalid device" in native._loaded().cuda_probe(10_000)
+    everything(multimodal(1, 64).to(on_cuda))  # nothing was left behind that this could be blamed for
