@@ -41,8 +41,8 @@ class RectangleAttention(torch.autograd.Function):
         if extra is None and attn_mask is None and _is_one_call(jobs, query):
             (block,) = jobs[0].regions[0].blocks
             k, v = (_take(_part(t, slice(None), jobs[0].keys), block.keys) for t in (key, value))
-            whole: tuple[Tensor, Tensor] = _forward(query, k, v, 0.0, block.causal, attn_mask=None, scale=scale)
-            return whole
+            whole, sums = _forward(query, k, v, 0.0, block.causal, attn_mask=None, scale=scale)
+            return whole, sums.contiguous()
         out = torch.zeros_like(query, memory_format=torch.contiguous_format)
         lse = torch.full(query.shape[:3], -math.inf, dtype=wide) if extra is None else extra.clone()
         for job in jobs:
