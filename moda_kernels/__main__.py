@@ -1,0 +1,29 @@
+"""The command line: ``python -m moda_kernels COMMAND``. Each command is a module with `add_arguments` and `run`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from moda_kernels import __version__, demo, doctor
+
+COMMANDS = {
+    "demo": (demo, "train a toy on scanned digits with and without MODA, about a minute on a CPU"),
+    "doctor": (doctor, "what is installed, what runs here, and why the rest does not"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m moda_kernels", description="MODA attention for PyTorch.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=module.__doc__)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    parsed = parser.parse_args(arguments)
+    return int(parsed.run(parsed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
