@@ -283,20 +283,20 @@ def segment_tokens_torch(
     Args:
         modality: int32 ``[T]``, -1…M-1.
         items: int64 ``[T]`` or None.
-        cu_seqlens: int32 ``[N + 1]``, within 0…T and non-decreasing; tokens from cu_seqlens[N] on are padding.
+        cu_seqlens: int32 ``[N + 1]``, within 0…T and non-decreasing; tokens outside of it are padding.
 
     Returns:
         segment, position, sequence (int32 ``[T]``), prefix (int32 ``[T + 1, M]``), num_segments (int32 ``[1]``).
     """
     tokens = torch.arange(modality.numel(), dtype=torch.int32, device=modality.device)
     sequence = torch.searchsorted(cu_seqlens[1:], tokens, right=True).int()
-    real = (modality >= 0) & (tokens < cu_seqlens[-1:])
+    real = (modality >= 0) & (tokens >= cu_seqlens[:1]) & (tokens < cu_seqlens[-1:])
     one_hot = modality[:, None] == torch.arange(num_modalities, device=modality.device)
     prefix = torch.zeros(modality.numel() + 1, num_modalities, dtype=torch.int32, device=modality.device)
     torch.cumsum(one_hot & real[:, None], 0, dtype=torch.int32, out=prefix[1:])
 
     same = torch.zeros_like(real)
-    same[1:] = (modality[1:] == modality[:-1]) & (sequence[1:] == sequence[:-1])
+    same[1:] = real[:-1] & (modality[1:] == modality[:-1]) & (sequence[1:] == sequence[:-1])
     if items is not None:
         same[1:] &= items[1:] == items[:-1]
     begins = real & ~same

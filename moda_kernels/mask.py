@@ -60,7 +60,8 @@ class ModularMask:
                 raise checks.wrong_value("rules (an entry)", "a union of PAST, SEGMENT and ALL", rule)
         object.__setattr__(self, "rules", tuple(tuple(map(Visibility, row)) for row in rows))
         if self.window is not None:
-            checks.integer("window", self.window, 1)
+            # Positions are int32: a larger window is one that no distance reaches.
+            object.__setattr__(self, "window", min(checks.integer("window", self.window, 1), 2**31 - 1))
 
     @property
     def num_modalities(self) -> int:

@@ -133,7 +133,7 @@ def tile_lists_torch(
     overflow = (cu_seqlens.diff() > MAX_TOKENS).sum(dtype=torch.int32).view(1)
     q_first, q_tiles = _cut(cu_seqlens_q, block_q, query_tiles)
     k_first, k_tiles = _cut(cu_seqlens, block_k, key_tiles)
-    if query_tiles == 0 or key_tiles == 0:
+    if query_tiles == 0 or key_tiles == 0 or modality.numel() == 0:
         shapes = ((query_tiles, key_width), (query_tiles, 2), (key_tiles, query_width), (key_tiles, 2))
         empty = [torch.zeros(shape, dtype=torch.int32, device=device) for shape in shapes]
         return q_tiles, k_tiles, *empty, overflow
@@ -173,6 +173,7 @@ def tile_lists_torch(
 
     t_ids, t_exists = _same_sequence(k_tiles, q_first, query_tiles, query_width)
     k_local = torch.arange(key_tiles, device=device) - k_first[k_tiles[:, 0].long()]
+    t_exists &= (k_local < key_width)[:, None]  # beyond it in a sequence that overflows
     k_local = k_local.clamp(0, key_width - 1).long()[:, None]
     t_seen, t_full = seen[t_ids, k_local] & t_exists, full[t_ids, k_local] & t_exists
     return q_tiles, k_tiles, *_compact(k_ids, seen, full), *_compact(t_ids, t_seen, t_full), overflow

@@ -307,8 +307,6 @@ def test_tile_lists_as_defined(implementation: Implementation) -> None:
 
 
 def test_nothing_to_list(implementation: Implementation) -> None:
-    if implementation.name == "torch":
-        pytest.skip("the twin is not asked for lists without tokens")
     none = torch.empty(0, dtype=torch.int32)
     bounds, first = torch.zeros(4, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
     made = implementation("tile_lists", none, none, none, bounds, bounds, first, [1], None, 4, 4, (2, 2, 0, 0))

@@ -13,7 +13,7 @@ from moda_kernels import backends
 from moda_kernels.demo import report
 from moda_kernels.demo.train import train_all
 
-STEPS, QUICK_STEPS = 900, 12
+STEPS, QUICK_STEPS = 800, 12
 NEEDED = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
 FORMATS = (".png", ".pdf", ".svg")
 
