@@ -62,7 +62,8 @@ def modal_disparity(
 
     The paper reports relative differences (text 56.97 %, visual 62.44 % before MODA, 50.31 % and 41.01 % with it) but
     not their formula; here it is |own - cross| / max(own, cross) of the mean attention mass *per visible key*, so
-    that a modality is not called favoured for having many tokens. A query counts where it sees keys of the kind.
+    that a modality is not called favoured for having many tokens. Queries count that see keys of both kinds, so that
+    attention that doesn't look (equal weights) comes out as 0 under any mask.
 
     Args, Raises: as :func:`attention_share`.
     """
@@ -73,13 +74,13 @@ def modal_disparity(
     modality = queries.of(layout.modality).clamp(min=0).long()[..., None]
     if layout.packed:
         visible, modality = visible[None], modality[None]
+    own_kind = torch.arange(layout.num_modalities, device=mass.device) == modality
+    keys = [(visible * kind).sum(-1)[:, None] for kind in (own_kind, ~own_kind)]
+    both = (keys[0] > 0) & (keys[1] > 0)
     means = []
-    for own in (True, False):
-        pick = (torch.arange(layout.num_modalities, device=mass.device) == modality) == own
-        keys = (visible * pick).sum(-1)[:, None]
-        per_key = (mass * pick[:, None]).sum(-1) / keys.clamp(min=1)
-        share = _mean_by_modality(per_key[..., None], (keys > 0).expand_as(per_key), layout, queries)
-        means.append(share[..., 0])
+    for kind, seen in zip((own_kind, ~own_kind), keys, strict=True):
+        per_key = (mass * kind[:, None]).sum(-1) / seen.clamp(min=1)
+        means.append(_mean_by_modality(per_key[..., None], both.expand_as(per_key), layout, queries)[..., 0])
     own_share, cross_share = means
     larger = torch.maximum(own_share, cross_share)
     return ModalDisparity(own_share, cross_share, (own_share - cross_share).abs() / larger)

@@ -149,8 +149,10 @@ def test_disparity(mask: mk.ModularMask, packed: bool) -> None:
             for kind, table in ((True, own), (False, cross)):
                 rows = []
                 for i in range(8):
-                    keys = seen[i] & (ids[0] >= 0) & ((ids[0] == a) == kind)
-                    if ids[0, i] == a and keys.any():
+                    visible = seen[i] & (ids[0] >= 0)
+                    keys = visible & ((ids[0] == a) == kind)
+                    others = visible & ~keys
+                    if ids[0, i] == a and keys.any() and others.any():
                         rows.append(p[h, i, keys].sum() / keys.sum())
                 table[h, a] = torch.stack(rows).mean()
     options: dict[str, Any] = {"layout": layout, "mask": mask}
@@ -164,7 +166,7 @@ def test_disparity(mask: mk.ModularMask, packed: bool) -> None:
 
 
 def test_disparity_of_uniform_attention_is_zero() -> None:
-    """However many tokens each modality has: the figure is per visible key."""
+    """However many tokens each modality has, and whatever the mask: the figure is per visible key."""
     ids = torch.tensor([[0, 0, 0, 0, 0, 1, 1]])
     q, k = torch.zeros(1, 1, 7, 4, dtype=DOUBLE), torch.randn(1, 1, 7, 4, dtype=DOUBLE)
     for more in ({}, {"is_causal": True}):
@@ -173,7 +175,12 @@ def test_disparity_of_uniform_attention_is_zero() -> None:
         assert torch.isnan(got.difference[0, 0]).tolist() == [not v for v in visible]
         if not more:
             torch.testing.assert_close(got.own[0, 0], torch.full((2,), 1 / 7, dtype=DOUBLE))
-            torch.testing.assert_close(got.difference[0, 0], torch.zeros(2, dtype=DOUBLE))
+        expected = torch.where(torch.tensor(visible), 0.0, math.nan).double()
+        torch.testing.assert_close(got.difference[0, 0], expected, equal_nan=True)
+    interleaved = torch.tensor([[0] * 4 + [1] * 4 + [0] * 4])
+    q = torch.zeros(1, 1, 12, 4, dtype=DOUBLE)
+    got = mk.modal_disparity(q, q, interleaved, mk.ModularMask.causal(2))
+    torch.testing.assert_close(got.difference, torch.zeros(1, 1, 2, dtype=DOUBLE))
 
 
 def test_disparity_of_absent_modalities_is_nan() -> None:
