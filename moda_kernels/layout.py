@@ -18,6 +18,9 @@ from moda_kernels import checks, native
 
 T = TypeVar("T")
 
+#: Ids that reach this are more likely token ids than modalities.
+MANY_MODALITIES = 256
+
 
 @dataclass(frozen=True, eq=False)
 class ModalityLayout:
@@ -203,7 +206,7 @@ def segment_modalities(
     Args:
         modality_ids: integer ``[B, L]`` (a batch) or ``[T]`` (packed documents, with ``cu_seqlens``): 0…M-1, or -1 for
             padding, which may stand anywhere, ends a run and belongs to no segment.
-        num_modalities: M. Default: the largest id + 1, at least 1; reading it waits for a CUDA device.
+        num_modalities: M. Default: the largest id + 1, from 1 to 256; reading it waits for a CUDA device.
         item_ids: integer, shape and device of ``modality_ids``; tokens with different items are in different segments
             (two images side by side).
         cu_seqlens: int32 or int64 ``[N + 1]``, from 0 to T, non-decreasing: the first token of each document.
@@ -226,6 +229,9 @@ def segment_modalities(
         modality_ids = modality_ids.int()  # -1 and M are to be compared with
     if num_modalities is None:
         num_modalities = max(1, int(modality_ids.max()) + 1) if modality_ids.numel() else 1
+        if num_modalities > MANY_MODALITIES:
+            expected = f"to be given where ids reach {MANY_MODALITIES} (counts per modality are kept for every token)"
+            raise checks.wrong_value("num_modalities", expected, f"ids up to {num_modalities - 1}: are they token ids?")
     checks.integer("num_modalities", num_modalities, 1)
     if max_segments is not None:
         checks.integer("max_segments", max_segments, 0)
