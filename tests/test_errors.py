@@ -150,7 +150,7 @@ REFUSED: dict[str, tuple[Any, type[Exception], str, str, str]] = {
     "modalities as float": (lambda: segment(num_modalities=2.0), T, "num_modalities", "an int", "2.0"),
     "modalities as bool": (lambda: segment(num_modalities=True), T, "num_modalities", "an int", "True"),
     "too many segments": (lambda: segment(max_segments=3), V, "max_segments", "4 segments", "3"),
-    "token ids": (lambda: segment(IDS * 31_999), V, "num_modalities", "given", "31999", "token ids"),
+    "token ids": (lambda: segment(IDS * 31_999), V, "num_modalities", "given", "up to 31999"),
     "negative max_segments": (lambda: segment(max_segments=-1), V, "max_segments", ">= 0", "-1"),
     # Masks
     "rules of another size": (lambda: call(mask=M.causal(3)), V, "mask", "2 x 2", "3 x 3"),
