@@ -54,8 +54,9 @@ class CpuBackend:
     def jobs(self, call: AttentionCall, mask: ModularMask) -> list[Job]:
         """The rectangles of a call, for its own mask or a part of it; made once per layout, shared by all layers."""
         rows = call.queries
-        key = ("jobs", mask, rows.shape, tuple(rows.first_column.tolist()), tuple(rows.cu_seqlens.tolist()))
-        return call.layout.remember(key, lambda: make_jobs(call.layout, mask, rows))
+        narrow = call.query.dtype.itemsize == 2
+        key = ("jobs", mask, narrow, rows.shape, tuple(rows.first_column.tolist()), tuple(rows.cu_seqlens.tolist()))
+        return call.layout.remember(key, lambda: make_jobs(call.layout, mask, rows, narrow))
 
     def _attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         layout = call.layout

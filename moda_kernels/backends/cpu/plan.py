@@ -24,11 +24,13 @@ from moda_kernels.mask import ModularMask, Visibility, visible_pair
 class PlanCost:
     """What calls cost, in scores of a full rectangle; from timings of ATen's kernel on 2 cores, 8 heads, D = 64."""
 
-    #: One more call: its start, and the merging of its rows.
-    CALL = 6_000
-    ROW = 24
+    #: One more call: its start, and for each row and key what is merged, gathered and added up in the backward, where
+    #: 16-bit numbers have to be made 32-bit ones and back.
+    CALL = 20_000
+    ROW = 64
+    NARROW_ROW = 320
     #: A masked score against a full one (the mask is read, and made into numbers).
-    MASKED = 1.35
+    MASKED = 1.1
     #: A causal call computes whole blocks along the diagonal.
     CAUSAL_BLOCK = 64
     #: Rows of a region of short segments: these are tried, and the cheapest taken.
@@ -37,12 +39,12 @@ class PlanCost:
     WHOLE = 1536
 
     @classmethod
-    def of(cls, block: "Block") -> float:
+    def of(cls, block: "Block", narrow: bool) -> float:
         rows, keys = size_of(block.rows), size_of(block.keys)
         scores = rows * keys * (cls.MASKED if block.masked else 1.0)
         if block.causal:
             scores = rows * (rows + cls.CAUSAL_BLOCK) / 2
-        return cls.CALL + cls.ROW * rows + scores
+        return cls.CALL + (cls.NARROW_ROW if narrow else cls.ROW) * (rows + keys) + scores
 
 
 #: Positions of one sequence: a run of them, or any ascending ones (int64).
@@ -59,6 +61,8 @@ class Block:
     causal: bool = False
     masked: bool = False
     mask: Tensor | None = None
+    #: Rows that the mask hides wholly, bool ``[rows]``; None where there are none.
+    hidden: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,8 +82,12 @@ class Job(NamedTuple):
     regions: tuple[Region, ...]
 
 
-def make_jobs(layout: ModalityLayout, mask: ModularMask, queries: QueryRows) -> list[Job]:
-    """The rectangles of a CPU layout: one job per packed document, or per run of equal rows of a batch."""
+def make_jobs(layout: ModalityLayout, mask: ModularMask, queries: QueryRows, narrow: bool = False) -> list[Job]:
+    """The rectangles of a CPU layout: one job per packed document, or per run of equal rows of a batch.
+
+    Args:
+        narrow: for 16-bit numbers.
+    """
     modality, segment = layout.modality.flatten(), layout.segment.flatten()
     bounds, query_bounds = layout.cu_seqlens.tolist(), queries.cu_seqlens.tolist()
     first_column = queries.first_column.tolist()
@@ -91,7 +99,7 @@ def make_jobs(layout: ModalityLayout, mask: ModularMask, queries: QueryRows) -> 
         start, rows = first_column[n] - begin, query_bounds[n + 1] - query_bounds[n]
         key = (tuple(modality[begin:end].tolist()), tuple(relative.tolist()), start, rows)
         if key not in known:
-            known[key] = _Planner(mask, modality[begin:end], own, start, rows).best()
+            known[key] = _Planner(mask, modality[begin:end], own, start, rows).best(narrow)
         regions = known[key]
         if layout.packed:
             jobs.append(Job(slice(0, 1), slice(*query_bounds[n : n + 2]), slice(begin, end), regions))
@@ -135,14 +143,14 @@ class _Planner:
             if max(begin, self.first) < min(end, self.last)
         ]
 
-    def best(self) -> tuple[Region, ...]:
+    def best(self, narrow: bool) -> tuple[Region, ...]:
         """The cheapest of the plans that are tried."""
         candidates = [self._regions(rows) for rows in PlanCost.REGION_ROWS]
         if self.pieces and len(self.columns) <= PlanCost.WHOLE:
             rows = _span_of(torch.arange(self.first, self.last))
             everything = Block(rows, _span_of(self.position), masked=True)
             candidates.append([Region(rows, (everything,))])
-        best = min(candidates, key=lambda regions: sum(PlanCost.of(b) for r in regions for b in r.blocks))
+        best = min(candidates, key=lambda regions: sum(PlanCost.of(b, narrow) for r in regions for b in r.blocks))
         finished = [self._finished(region) for region in best]
         return tuple(region for region in finished if region.blocks)
 
@@ -234,14 +242,16 @@ class _Planner:
         rows = _span_of(self.columns[r] - self.start)
         blocks = []
         for block in region.blocks:
-            k, mask = _indices(block.keys), None
+            k, mask, hidden = _indices(block.keys), None, None
             if block.masked:
                 of_rows = [x[r][:, None] for x in (self.modality, self.position, self.segment)]
                 of_keys = [x[k][None, :] for x in (self.modality, self.position, self.segment)]
                 mask = visible_pair(self.rules, self.window, *of_rows, *of_keys)
-                if not bool(mask.any()):
+                hidden = ~mask.any(1)
+                if bool(hidden.all()):
                     continue
-            blocks.append(Block(rows, _span_of(self.columns[k]), block.causal, block.masked, mask))
+                hidden = hidden if bool(hidden.any()) else None
+            blocks.append(Block(rows, _span_of(self.columns[k]), block.causal, block.masked, mask, hidden))
         return Region(rows, tuple(blocks))
 
 

@@ -41,7 +41,8 @@ class RectangleAttention(torch.autograd.Function):
         if extra is None and attn_mask is None and _is_one_call(jobs, query):
             (block,) = jobs[0].regions[0].blocks
             k, v = (_take(_part(t, slice(None), jobs[0].keys), block.keys) for t in (key, value))
-            whole, sums = _forward(query, k, v, 0.0, block.causal, attn_mask=None, scale=scale)
+            mask, _ = _additive(block, None, wide)
+            whole, sums = _forward(query, k, v, 0.0, block.causal, attn_mask=mask, scale=scale)
             return whole, sums.contiguous()
         out = torch.zeros_like(query, memory_format=torch.contiguous_format)
         lse = torch.full(query.shape[:3], -math.inf, dtype=wide) if extra is None else extra.clone()
@@ -119,6 +120,11 @@ class _RectangleGradient(torch.autograd.Function):
         # exp(score - lse) is then 0 in rows that see nothing.
         lse = torch.where(torch.isneginf(lse), math.inf, lse)
 
+        if attn_mask is None and _is_one_call(jobs, query) and _takes_all_keys(jobs, key):
+            mask, _ = _additive(jobs[0].regions[0].blocks[0], None, wide)
+            causal = jobs[0].regions[0].blocks[0].causal
+            grads = _backward(dout, query, key, value, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
+            return grads[0][..., :dim], grads[1][..., :dim], grads[2][..., :dim], dextra
         dquery = torch.zeros(query.shape, dtype=query.dtype)
         dkey, dvalue = (torch.zeros(t.shape, dtype=wide) for t in (key, value))
         for job in jobs:
@@ -162,13 +168,18 @@ class _RectangleGradient(torch.autograd.Function):
 
 
 def _is_one_call(jobs: list[Job], query: Tensor) -> bool:
-    """Whether one unmasked call makes up all rows, so that its results need no copy."""
+    """Whether one call makes up all rows, so that its results need no copy."""
     if len(jobs) != 1 or len(jobs[0].regions) != 1 or len(jobs[0].regions[0].blocks) != 1:
         return False
     (region,) = jobs[0].regions
     all_rows = isinstance(region.rows, slice) and size_of(region.rows) == query.shape[2]
     all_sequences = jobs[0].batch in (slice(None), slice(0, query.shape[0]))
-    return all_rows and all_sequences and not region.blocks[0].masked
+    return all_rows and all_sequences and region.blocks[0].hidden is None
+
+
+def _takes_all_keys(jobs: list[Job], key: Tensor) -> bool:
+    keys = jobs[0].regions[0].blocks[0].keys
+    return isinstance(keys, slice) and size_of(keys) == key.shape[2]
 
 
 def _part(x: Tensor, batch: slice, rows: slice) -> Tensor:
@@ -206,22 +217,21 @@ def _merge_into(out: Tensor, lse: Tensor, rows: Span, parts: list[tuple[Tensor, 
 
 def _additive(block: Block, attn_mask: Tensor | None, wide: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
     """The block's mask as ATen takes it, and which rows it hides wholly (None: none)."""
-    if block.mask is None and attn_mask is None:
-        return None, None
     seen = block.mask
+    if seen is None and attn_mask is None:
+        return None, None
+    rows, keys = size_of(block.rows), size_of(block.keys)
     if seen is None and block.causal:
-        size = size_of(block.rows)
-        seen = torch.ones(size, size, dtype=torch.bool).tril()
+        seen = torch.ones(rows, rows, dtype=torch.bool).tril()
     mask = None
     if seen is not None:
-        mask = torch.zeros(seen.shape, dtype=wide).masked_fill_(~seen, -math.inf)
-    if attn_mask is not None:
-        given = attn_mask
-        given = given if given.shape[2] == 1 else _take(given, block.rows)
-        given = given if given.shape[3] == 1 else _take(given.transpose(2, 3), block.keys).transpose(2, 3)
-        mask = given.to(wide) if mask is None else given.to(wide) + mask
-        mask = mask.expand(*mask.shape[:2], size_of(block.rows), size_of(block.keys))
-    assert mask is not None
+        mask = torch.zeros(rows, keys, dtype=wide).masked_fill_(~seen, -math.inf)
+    if attn_mask is None:
+        return mask, block.hidden
+    given = attn_mask if attn_mask.shape[2] == 1 else _take(attn_mask, block.rows)
+    given = given if given.shape[3] == 1 else _take(given.transpose(2, 3), block.keys).transpose(2, 3)
+    mask = given if mask is None else given + mask
+    mask = mask.expand(*mask.shape[:2], rows, keys)
     hidden = torch.isneginf(mask).all(-1)
     return mask, hidden if bool(hidden.any()) else None
 
