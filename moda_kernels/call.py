@@ -41,10 +41,6 @@ class AttentionCall:
     branch_weights: tuple[float | Tensor, float | Tensor]
 
     @property
-    def head_axis(self) -> int:
-        return 1
-
-    @property
     def query_heads(self) -> int:
         return self.query.shape[1]
 

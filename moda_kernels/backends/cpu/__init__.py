@@ -73,7 +73,8 @@ class CpuBackend:
             """One softmax over what a mask shows; `same`: its keys' modality against the query's, None: both."""
             extra = None if call.pseudo is None else _log_pseudo(call, mask, same)
             out, lse = RectangleAttention.apply(q, k, v, extra, attn_mask, self.jobs(call, mask), call.scale)
-            return out[..., :value_dim], lse
+            # A slice of everything would cost a copy in the backward.
+            return out if value_dim == dim else out[..., :value_dim], lse
 
         if not call.split:
             out, lse = part(call.mask, None)

@@ -13,8 +13,17 @@ from torch import Tensor
 
 from moda_kernels.backends.cpu.plan import Block, Job, Span, size_of
 
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+def _forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    # Looked up here: a torch that doesn't have it must still import this package.
+    result: tuple[Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args, **kwargs)
+    return result
+
+
+def _backward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    result: tuple[Tensor, Tensor, Tensor] = operator(*args, **kwargs)
+    return result
 
 
 class RectangleAttention(torch.autograd.Function):
@@ -153,8 +162,8 @@ class _RectangleGradient(torch.autograd.Function):
                     _add(dv, block.keys, grads[2])
                 assert total is not None
                 _put(of_rows[4], region.rows, total)
-        grads = [t[..., :dim].to(query.dtype) for t in (dquery, dkey, dvalue)]
-        return grads[0], grads[1], grads[2], dextra
+        narrow = [t[..., :dim].to(query.dtype) for t in (dquery, dkey, dvalue)]
+        return narrow[0], narrow[1], narrow[2], dextra
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
