@@ -38,14 +38,23 @@ def render(records: Iterable[Record]) -> str:
             f"Python {e['python']}, {e['date'][:10]}"
         )
     shape = next(iter(next(iter(cases.values())).values()))
-    head = ["layout", "L", "dtype", "pass", "ours, ms (p10–p90)", *PEERS.values(), "SDPA, causal", "peak MiB, ours / bool"]
+    head = [
+        "layout",
+        "L",
+        "dtype",
+        "pass",
+        "ours, ms (p10–p90)",
+        *PEERS.values(),
+        "SDPA, causal",
+        "peak MiB, ours / bool",
+    ]
     rows = [head, ["---", "--:", "---", "---", *["--:"] * (len(head) - 4)]]
     rows += [_row(key, case) for key, case in cases.items() if "ms" in case.get(OURS, {})]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     note = (
-        f"{shape['query_heads']} query and {shape['key_heads']} key heads, D = {shape['head_dim']}; median times of the "
-        "others divided by ours, so more than 1 means that ours is faster. SDPA's causal column is given where the mask is "
-        "causal. Masks, layouts and plans are made outside the timing; FlexAttention has no backward on the CPU."
+        f"{shape['query_heads']} query and {shape['key_heads']} key heads, D = {shape['head_dim']}; median times of "
+        "the others divided by ours, so more than 1 means that ours is faster. SDPA's causal column is given where the "
+        "mask is causal. Masks, layouts and plans are made outside the timing; FlexAttention has no backward on the CPU."
     )
     return "\n".join([note, "", *lines, "", f"Machine: {'; '.join(sorted(machines))}."])
 
@@ -66,8 +75,12 @@ def _row(key: Key, case: dict[str, Record]) -> list[str]:
     memory = ""
     if peak(OURS) and peak("sdpa-bool"):
         memory = f"{peak(OURS) / 2**20:.0f} / {peak('sdpa-bool') / 2**20:.0f}"
-    times = f"{ms['median']:.3g} ({ms['p10']:.3g}–{ms['p90']:.3g})"
+    times = "{} ({}–{})".format(*(_ms(ms[which]) for which in ("median", "p10", "p90")))
     return [name, f"{length}", dtype, PASSES[measured], times, *map(ratio, PEERS), ratio(CONTROL), memory]
+
+
+def _ms(milliseconds: float) -> str:
+    return f"{milliseconds:.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
 
 
 def updated(readme: str, table: str) -> str:

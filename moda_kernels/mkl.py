@@ -11,6 +11,6 @@ import torch
 def choose_kernels() -> None:
     """Have MKL choose its kernels now."""
     for dtype in (torch.float32, torch.float64):
-        one = torch.ones(1, dtype=dtype)
+        one = torch.ones(1, dtype=dtype, device="cpu")
         for function in (torch.exp, torch.expm1, torch.log, torch.log1p, torch.sqrt):
             function(one)

@@ -269,3 +269,28 @@ def test_hidden_rows_among_visible_ones() -> None:
     got = mk.moda_attention(q, q, q, layout=layout, mask=mask, backend="cpu", return_lse=True)
     for e, g in zip(expected, got, strict=True):
         torch.testing.assert_close(g, e)
+
+
+def test_default_device_does_not_matter() -> None:
+    layout = three_images(700, (64, 300))
+    mask = mk.ModularMask.bidirectional_within(2, [1])
+    q = torch.randn(1, 2, 700, 8)
+    attn_mask = torch.rand(700, 700) > 0.1
+    options = {"mask": mask, "pseudo": mk.PseudoAttention(length=800), "duplex": "split"}
+
+    def run(layout: mk.ModalityLayout, backend: str) -> list[Tensor]:
+        leaf = q.clone().requires_grad_()
+        aligner = mk.DuplexAligner(8, 2, scope="causal", device="cpu")
+        out = mk.moda_attention(
+            leaf, leaf, leaf, attn_mask, layout=layout, key_map=aligner(leaf, layout), backend=backend, **options
+        )
+        return [out, *torch.autograd.grad(out.sum(), leaf)]
+
+    for backend in ("cpu", "reference"):
+        expected = run(layout, backend)
+        with torch.device("meta"):
+            fresh = mk.segment_modalities(layout.modality.long())
+            assert torch.equal(fresh.segment, layout.segment)
+            got = run(fresh, backend)
+        for e, g in zip(expected, got, strict=True):
+            torch.testing.assert_close(g, e)

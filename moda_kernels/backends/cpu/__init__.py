@@ -109,7 +109,9 @@ def _log_pseudo(call: AttentionCall, mask: ModularMask, same: bool | None) -> Te
 def _additive(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
     """``[B or 1, Hq or 1, Lq or 1, L or 1]``, added to the scores."""
     if attn_mask.dtype == torch.bool:
-        attn_mask = torch.zeros(attn_mask.shape, dtype=dtype).masked_fill_(~attn_mask, -math.inf)
+        attn_mask = torch.zeros(attn_mask.shape, dtype=dtype, device=attn_mask.device).masked_fill_(
+            ~attn_mask, -math.inf
+        )
     return attn_mask.to(dtype)[(None,) * (4 - attn_mask.dim())]
 
 

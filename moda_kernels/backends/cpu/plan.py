@@ -28,7 +28,7 @@ class PlanCost:
     #: 16-bit numbers have to be made 32-bit ones and back.
     CALL = 20_000
     ROW = 64
-    NARROW_ROW = 320
+    NARROW_ROW = 128
     #: A masked score against a full one (the mask is read, and made into numbers).
     MASKED = 1.1
     #: A causal call computes whole blocks along the diagonal.
@@ -88,6 +88,11 @@ def make_jobs(layout: ModalityLayout, mask: ModularMask, queries: QueryRows, nar
     Args:
         narrow: for 16-bit numbers.
     """
+    with torch.device("cpu"):  # whatever the default device is
+        return _make_jobs(layout, mask, queries, narrow)
+
+
+def _make_jobs(layout: ModalityLayout, mask: ModularMask, queries: QueryRows, narrow: bool) -> list[Job]:
     modality, segment = layout.modality.flatten(), layout.segment.flatten()
     bounds, query_bounds = layout.cu_seqlens.tolist(), queries.cu_seqlens.tolist()
     first_column = queries.first_column.tolist()

@@ -50,11 +50,13 @@ class RectangleAttention(torch.autograd.Function):
         if extra is None and attn_mask is None and _is_one_call(jobs, query):
             (block,) = jobs[0].regions[0].blocks
             k, v = (_take(_part(t, slice(None), jobs[0].keys), block.keys) for t in (key, value))
-            mask, _ = _additive(block, None, wide)
+            mask, _ = _additive(block, None, query.dtype)
             whole, sums = _forward(query, k, v, 0.0, block.causal, attn_mask=mask, scale=scale)
             return whole, sums.contiguous()
         out = torch.zeros_like(query, memory_format=torch.contiguous_format)
-        lse = torch.full(query.shape[:3], -math.inf, dtype=wide) if extra is None else extra.clone()
+        lse = (
+            torch.full(query.shape[:3], -math.inf, dtype=wide, device=query.device) if extra is None else extra.clone()
+        )
         for job in jobs:
             q, o, s = (_part(t, job.batch, job.queries) for t in (query, out, lse))
             k, v = (_part(t, job.batch, job.keys) for t in (key, value))
@@ -63,7 +65,7 @@ class RectangleAttention(torch.autograd.Function):
                 q_rows = _take(q, region.rows)
                 parts = []
                 for block in region.blocks:
-                    mask, hidden = _additive(block, given, wide)
+                    mask, hidden = _additive(block, given, query.dtype)
                     part_out, part_lse = _forward(
                         q_rows,
                         _take(k, block.keys),
@@ -130,12 +132,12 @@ class _RectangleGradient(torch.autograd.Function):
         lse = torch.where(torch.isneginf(lse), math.inf, lse)
 
         if attn_mask is None and _is_one_call(jobs, query) and _takes_all_keys(jobs, key):
-            mask, _ = _additive(jobs[0].regions[0].blocks[0], None, wide)
+            mask, _ = _additive(jobs[0].regions[0].blocks[0], None, query.dtype)
             causal = jobs[0].regions[0].blocks[0].causal
             grads = _backward(dout, query, key, value, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
             return grads[0][..., :dim], grads[1][..., :dim], grads[2][..., :dim], dextra
-        dquery = torch.zeros(query.shape, dtype=query.dtype)
-        dkey, dvalue = (torch.zeros(t.shape, dtype=wide) for t in (key, value))
+        dquery = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
+        dkey, dvalue = (torch.zeros(t.shape, dtype=wide, device=t.device) for t in (key, value))
         for job in jobs:
             of_rows = [_part(t, job.batch, job.queries) for t in (query, out, dout, lse, dquery)]
             k, v, dk, dv = (_part(t, job.batch, job.keys) for t in (key, value, dkey, dvalue))
@@ -144,7 +146,7 @@ class _RectangleGradient(torch.autograd.Function):
                 q, o, do, s = (_take(t, region.rows) for t in of_rows[:4])
                 total = None
                 for block in region.blocks:
-                    mask, _ = _additive(block, given, wide)
+                    mask, _ = _additive(block, given, query.dtype)
                     grads = _backward(
                         do,
                         q,
@@ -224,17 +226,19 @@ def _merge_into(out: Tensor, lse: Tensor, rows: Span, parts: list[tuple[Tensor, 
     _put(lse, rows, peak + torch.log(total))
 
 
-def _additive(block: Block, attn_mask: Tensor | None, wide: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+def _additive(block: Block, attn_mask: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
     """The block's mask as ATen takes it, and which rows it hides wholly (None: none)."""
     seen = block.mask
     if seen is None and attn_mask is None:
         return None, None
     rows, keys = size_of(block.rows), size_of(block.keys)
     if seen is None and block.causal:
-        seen = torch.ones(rows, rows, dtype=torch.bool).tril()
+        seen = torch.ones(rows, rows, dtype=torch.bool, device="cpu").tril()
     mask = None
     if seen is not None:
-        mask = torch.zeros(rows, keys, dtype=wide).masked_fill_(~seen, -math.inf)
+        # 0 and -inf are numbers of every dtype; what is added to them comes in float32 or float64.
+        dtype = dtype if attn_mask is None else attn_mask.dtype
+        mask = torch.zeros(rows, keys, dtype=dtype, device="cpu").masked_fill_(~seen, -math.inf)
     if attn_mask is None:
         return mask, block.hidden
     given = attn_mask if attn_mask.shape[2] == 1 else _take(attn_mask, block.rows)
