@@ -53,8 +53,8 @@ def render(records: Iterable[Record]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     note = (
         f"{shape['query_heads']} query and {shape['key_heads']} key heads, D = {shape['head_dim']}; median times of "
-        "the others divided by ours, so more than 1 means that ours is faster. SDPA's causal column is given where the "
-        "mask is causal. Masks, layouts and plans are made outside the timing; FlexAttention has no backward on the CPU."
+        "the others divided by ours, so more than 1 means that ours is faster. SDPA's causal column is given where "
+        "the mask is causal. Masks, layouts and plans are made outside the timing. FlexAttention has no CPU backward."
     )
     return "\n".join([note, "", *lines, "", f"Machine: {'; '.join(sorted(machines))}."])
 
