@@ -155,7 +155,7 @@ def _draw_curves(panels: Sequence[Any], runs: Sequence[Run]) -> None:
         result = run.held_out.accuracy["digit"]
         bars.bar(i, 100 * result.rate, yerr=200 * result.standard_error, color=COLORS[run.variant.name], capsize=4)
         bars.annotate(f"{result.rate:.1%}", (i, 3), ha="center", color="white", weight="bold")
-    bars.set(title="digits correct in the end, all held-out", ylim=(0, 102))
+    bars.set(title="digits correct, all held-out", ylim=(0, 102))
     bars.set_xticks(range(len(runs)), [run.variant.name for run in runs])
     bars.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
     for axes in (loss, accuracy, bars):
