@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from moda_kernels import checks, ops
 from moda_kernels.causal import CausalMap
-from moda_kernels.keymap import KeyMap, ModalityMap, compute_dtype, fused_matrix, normed, released_unit
+from moda_kernels.grouped import compute_dtype
+from moda_kernels.keymap import KeyMap, ModalityMap, fused_matrix, normed, released_unit
 from moda_kernels.layout import ModalityLayout, segment_modalities
 
 FUSIONS = ("add", "linear", "concat")

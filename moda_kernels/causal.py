@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from moda_kernels import ops
-from moda_kernels.keymap import KeyMap, compute_dtype, fused_matrix, normed
+from moda_kernels.grouped import compute_dtype
+from moda_kernels.keymap import KeyMap, fused_matrix, normed
 from moda_kernels.layout import ModalityLayout
 
 #: All segments at once while their matrices hold at most this many times the keys' numbers, …

@@ -11,6 +11,7 @@ from torch import Tensor
 from moda_kernels import checks
 from moda_kernels.alignment import as_layout
 from moda_kernels.attention import moda_attention
+from moda_kernels.grouped import compute_dtype
 from moda_kernels.layout import ModalityLayout, QueryRows
 from moda_kernels.mask import ModularMask
 
@@ -104,7 +105,7 @@ def _mass(
     mass = out.transpose(0, 1)[None] if layout.packed else out
     length = query.shape[0] if layout.packed else query.shape[2]
     queries = layout.queries(length, options.get("query_start"), options.get("cu_seqlens_q"))
-    return mass.double() if query.dtype == torch.float64 else mass.float(), queries
+    return mass.to(compute_dtype(query)), queries
 
 
 def _mean_by_modality(x: Tensor, counted: Tensor, layout: ModalityLayout, queries: QueryRows) -> Tensor:

@@ -40,7 +40,8 @@ def _cut(group: Tensor, num_groups: int) -> _Pieces:
     return _Pieces(order[torch.where(inside, begin[own][:, None] + row, count)], own)
 
 
-def _compute_dtype(*tensors: Tensor) -> torch.dtype:
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 where any tensor is float64, else float32 (spec: arithmetic)."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
@@ -52,7 +53,7 @@ def _rows(x: Tensor, pieces: _Pieces, dtype: torch.dtype) -> Tensor:
 
 def segment_gram(x: Tensor, y: Tensor, group: Tensor, num_groups: int) -> Tensor:
     """x ``[T, H, D]``, y ``[T, H, E]``, group int64 ``[T]`` in -1…G-1 → float32/float64 ``[G, H, D, E]``."""
-    dtype = _compute_dtype(x, y)
+    dtype = compute_dtype(x, y)
     gram = torch.zeros(num_groups, x.shape[1], x.shape[2], y.shape[2], dtype=dtype, device=x.device)
     if gram.numel() == 0 or x.shape[0] == 0:
         return gram
@@ -64,7 +65,7 @@ def segment_gram(x: Tensor, y: Tensor, group: Tensor, num_groups: int) -> Tensor
 
 def segment_project(x: Tensor, matrix: Tensor, group: Tensor) -> Tensor:
     """x ``[T, H, D]``, matrix ``[G, H, D, E]``, group int64 ``[T]`` → x's dtype ``[T, H, E]``; group -1 gives 0."""
-    dtype = _compute_dtype(x, matrix)
+    dtype = compute_dtype(x, matrix)
     num_groups, heads, _, out_dim = matrix.shape
     # One row more takes the rows that pieces don't have.
     out = torch.zeros(x.shape[0] + 1, heads, out_dim, dtype=x.dtype, device=x.device)

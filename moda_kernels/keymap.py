@@ -11,15 +11,11 @@ import torch
 from torch import Tensor
 
 from moda_kernels import checks, ops
+from moda_kernels.grouped import compute_dtype
 from moda_kernels.layout import ModalityLayout
 
 #: The release adds this to every key entry before it norms the key.
 RELEASED_EPS = 1e-6
-
-
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 where any tensor is float64, else float32 (spec: arithmetic)."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def normed(gram: Tensor, norm: str) -> Tensor:

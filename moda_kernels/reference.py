@@ -15,7 +15,8 @@ from torch import Tensor
 
 from moda_kernels import alignment
 from moda_kernels.call import AttentionCall
-from moda_kernels.keymap import KeyMap, ModalityMap, compute_dtype
+from moda_kernels.grouped import compute_dtype
+from moda_kernels.keymap import KeyMap, ModalityMap
 from moda_kernels.layout import ModalityLayout
 
 __all__ = [

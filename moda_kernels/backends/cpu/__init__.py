@@ -15,7 +15,7 @@ from moda_kernels import alignment
 from moda_kernels.backends.cpu.plan import Job, make_jobs
 from moda_kernels.backends.cpu.rectangles import RectangleAttention
 from moda_kernels.call import AttentionCall
-from moda_kernels.keymap import compute_dtype
+from moda_kernels.grouped import compute_dtype
 from moda_kernels.mask import ModularMask
 
 _OPERATORS = (

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moda_kernels.backends.cpu.plan import Block, Job, Span, size_of
+from moda_kernels.grouped import compute_dtype
 
 
 def _forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -46,7 +47,7 @@ class RectangleAttention(torch.autograd.Function):
         jobs: list[Job],
         scale: float,
     ) -> tuple[Tensor, Tensor]:
-        wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+        wide = compute_dtype(query)
         if extra is None and attn_mask is None and _is_one_call(jobs, query):
             (block,) = jobs[0].regions[0].blocks
             k, v = (_take(_part(t, slice(None), jobs[0].keys), block.keys) for t in (key, value))
