@@ -1,6 +1,7 @@
 """What all tests share: markers, seeds and the settings of the property tests."""
 
 import os
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -31,3 +32,17 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def refused() -> Callable[..., None]:
+    """Checks that a call raises, and that the message has the named parts, what was expected and what came."""
+
+    def check(call: Callable[[], object], kind: type[Exception], parts: Iterable[str]) -> None:
+        with pytest.raises(kind) as error:
+            call()
+        message = str(error.value)
+        for part in (*parts, "expected", "got"):
+            assert part in message, message
+
+    return check

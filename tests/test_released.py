@@ -269,10 +269,5 @@ ERRORS: dict[str, tuple[Callable[[], object], type[Exception], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", ERRORS)
-def test_errors(name: str) -> None:
-    call, kind, parts = ERRORS[name]
-    with pytest.raises(kind) as error:
-        call()
-    message = str(error.value)
-    for part in (*parts, "expected", "got"):
-        assert part in message, message
+def test_errors(name: str, refused: Callable[..., None]) -> None:
+    refused(*ERRORS[name])
