@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import moda_kernels
-from moda_kernels import backends, native
+from moda_kernels import backends, native, selected
 from moda_kernels.call import AttentionCall
 from moda_kernels.layout import segment_modalities
 from moda_kernels.mask import ModularMask
@@ -19,13 +19,13 @@ from moda_kernels.mask import ModularMask
 #: Distributions beside torch, and what they are for.
 PACKAGES = {
     "numpy": "",
-    "triton": "not used yet",
+    "triton": "kernels for CUDA GPUs",
     "matplotlib": "plots, the demo",
     "scikit-learn": "the demo",
     "tqdm": "the demo's progress bar",
 }
 VARIABLES = {
-    backends.ENVIRONMENT: "names a backend for the whole process",
+    selected.ENVIRONMENT: "names a backend for the whole process",
     "MODA_KERNELS_NATIVE": "0 switches the native extension off",
 }
 #: Largest error of the self-check in float32; GPUs may multiply it in TensorFloat-32.

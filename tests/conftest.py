@@ -6,6 +6,10 @@ from collections.abc import Callable, Iterable
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Before Triton is imported: its interpreter then runs kernels on the CPU.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 try:
     from hypothesis import settings
 except ModuleNotFoundError:  # the property tests ask for it themselves, the others run without it

@@ -5,22 +5,17 @@ To add a backend: write its module with an object that has the four members of `
 
 import contextlib
 import logging
-import os
 from collections.abc import Iterator
-from contextvars import ContextVar
 from typing import Protocol
 
 from torch import Tensor
 
-from moda_kernels import checks
+from moda_kernels import checks, selected
 from moda_kernels.backends.cpu import CpuBackend
 from moda_kernels.backends.reference import ReferenceBackend
 from moda_kernels.call import AttentionCall
 
 log = logging.getLogger("moda_kernels")
-
-#: Names a backend for the whole process, as `use_backend` does for a block.
-ENVIRONMENT = "MODA_KERNELS_BACKEND"
 
 
 class Backend(Protocol):
@@ -41,7 +36,6 @@ class Backend(Protocol):
 #: In the order in which `auto` asks them.
 BACKENDS: dict[str, Backend] = {b.name: b for b in (CpuBackend(), ReferenceBackend())}
 
-_named: ContextVar[str | None] = ContextVar("moda_kernels_backend", default=None)
 _told: set[tuple[str, ...]] = set()
 
 
@@ -55,11 +49,11 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: an unknown name.
     """
-    token = _named.set(_known("use_backend", name))
+    token = selected.name_in_block.set(_known("use_backend", name))
     try:
         yield
     finally:
-        _named.reset(token)
+        selected.name_in_block.reset(token)
 
 
 def choose(call: AttentionCall, name: str | None) -> Backend:
@@ -83,7 +77,7 @@ def named_backend(name: str | None = None) -> str:
     """The backend asked for: by the argument, else by `use_backend`, else by the environment, else "auto"."""
     if name is not None:
         return _known("backend", name)
-    return _named.get() or _known(ENVIRONMENT, os.environ.get(ENVIRONMENT) or "auto")
+    return _known(selected.ENVIRONMENT, selected.name())
 
 
 def _known(argument: str, name: str) -> str:

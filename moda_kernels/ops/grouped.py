@@ -1,4 +1,4 @@
-"""Autograd over kernels: the only door to them.
+"""The two products of duplex alignment with gradients.
 
 `segment_gram` and `segment_project` (spec: "Duplex alignment") are each other's gradient; each is one
 `torch.autograd.Function` over a grouped product. Faster kernels go under them without touching anything above.

@@ -1,0 +1,9 @@
+"""Operators and autograd over kernels: the only door to them.
+
+Each file holds opaque `torch.library` operators (private; what a compiler sees of a kernel) and, above them, public
+`torch.autograd.Function`s: `grouped.py` the two products of duplex alignment.
+"""
+
+from moda_kernels.ops.grouped import SegmentGram, SegmentProject, segment_gram, segment_project
+
+__all__ = ["SegmentGram", "SegmentProject", "segment_gram", "segment_project"]
