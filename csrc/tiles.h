@@ -55,7 +55,7 @@ struct alignas(16) Span {
 struct alignas(16) Summary {
   Range tokens;
   uint32_t present;   // one bit for each modality that occurs
-  uint32_t complete;  // as many tokens as a tile has rows, none of them padding
+  uint32_t complete;  // as many tokens as a whole tile has rows, none of them padding
 };
 
 // The queries or the keys: their tiles, and their lists of tiles of the other side.
@@ -164,13 +164,14 @@ MODA_HD Seen decide(uint8_t rule, bool same_modality, int window, bool common, c
   return Seen::kNone;
 }
 
-// Full: every real query of the tile sees every row of a complete key tile. Empty: no real query sees any key.
+// Full: all rows of both tiles are tokens, and every query sees every key, so that a kernel needs no masks at all.
+// Empty: no query sees any key.
 enum class PairKind : uint8_t { kEmpty, kPartial, kFull };
 
 MODA_HD PairKind classify(const TileLists& a, const Summary& q, const Span* q_spans, const Summary& k,
                           const Span* k_spans) {
   const bool common = q.tokens.begin < k.tokens.end && k.tokens.begin < q.tokens.end;
-  bool some = false, all = k.complete != 0;
+  bool some = false, all = q.complete != 0 && k.complete != 0;
   for (int query = 0; query < a.mask.modalities; ++query) {
     if (!(q.present >> query & 1)) continue;
     for (int key = 0; key < a.mask.modalities; ++key) {

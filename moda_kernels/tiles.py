@@ -38,8 +38,8 @@ class TileLists:
         overflow: int32 ``[1]``: sequences longer than :data:`MAX_TOKENS` (possible only where packed lengths are not
             known on the host; the lists are then cut short and outputs must be poisoned).
 
-    A pair is *full* where every real query of the tile sees every row of a complete key tile, *empty* (absent) where no
-    real query sees any key, else *partial*. Padding queries don't count: whatever they see, their output is 0.
+    A pair is *full* where all rows of both tiles are tokens (whole tiles, no padding) and every query sees every key, so
+    that a kernel needs no masks at all; *empty* (absent) where no query sees any key; else *partial*.
     """
 
     query_tiles: Tensor
@@ -150,8 +150,8 @@ def tile_lists_torch(
     # Every query tile against the key tiles of its sequence: [query tiles, key_width].
     k_ids, exists = _same_sequence(q_tiles, k_first, key_tiles, key_width)
     q_sum, k_sum = _summary(facts, q_tokens, num_modalities), _summary(facts, k_tokens, num_modalities)
-    complete = (facts[0][k_tokens.clamp(min=0)] >= 0).logical_and(k_tokens >= 0).all(1)
-    seen, full = torch.zeros_like(exists), complete[k_ids]
+    q_whole, k_whole = ((_facts(facts, tokens)[0] >= 0).all(1) for tokens in (q_tokens, k_tokens))
+    seen, full = torch.zeros_like(exists), q_whole[:, None] & k_whole[k_ids]
     for a in range(num_modalities):
         for b in range(num_modalities):
             query, key = q_sum[:, :, a, None], k_sum[:, :, b][:, k_ids]

@@ -280,7 +280,8 @@ def lists_by_definition(case: Lists) -> list[list[list[int]] | list[int]]:
         for k, (m, k_row, k_rows) in enumerate(k_tiles):
             pair = seen[:, k_row : k_row + k_rows]
             if n == m and bool(pair.any()):
-                full[q, k] = k_rows == block_k and bool(pair.all())
+                whole = (q_rows, k_rows) == (block_q, block_k) and bool(case.real[rows].all())
+                full[q, k] = whole and bool(pair.all())
 
     def written(ids: list[tuple[int, bool]], width: int) -> tuple[list[int], list[int]]:
         ordered = [i for i, whole in ids if whole] + [i for i, whole in ids if not whole]

@@ -32,13 +32,13 @@ def flat_mask(layout: mk.ModalityLayout, mask: mk.ModularMask, queries: QueryRow
     return flat.view(b * rows, b * keys)
 
 
-def kind_of(seen: Tensor, real: Tensor, query: list[int], key: list[int], block_k: int) -> int:
-    """What a pair of tiles is, from the mask: padding queries don't count, and only complete key tiles are full."""
+def kind_of(seen: Tensor, real: Tensor, query: list[int], key: list[int], block_q: int, block_k: int) -> int:
+    """What a pair of tiles is, from the mask: only whole tiles without padding are full."""
     rows = slice(query[1], query[1] + query[2])
-    pair = seen[rows][real[rows]][:, key[1] : key[1] + key[2]]
+    pair = seen[rows, key[1] : key[1] + key[2]] & real[rows, None]
     if not bool(pair.any()):
         return EMPTY
-    return FULL if bool(pair.all()) and key[2] == block_k else PARTIAL
+    return FULL if bool(pair.all()) and (query[2], key[2]) == (block_q, block_k) else PARTIAL
 
 
 def listed(lists: Tensor, counts: Tensor, tile: int) -> dict[int, int]:
@@ -72,7 +72,7 @@ def assert_lists(layout: mk.ModalityLayout, mask: mk.ModularMask, queries: Query
     for i, query in enumerate(made.query_tiles.tolist()):
         kinds = listed(made.key_lists, made.key_counts, i)
         for j, key in enumerate(made.key_tiles.tolist()):
-            expected = kind_of(seen, real, query, key, bk) if query[2] and key[2] else EMPTY
+            expected = kind_of(seen, real, query, key, bq, bk) if query[2] and key[2] else EMPTY
             assert kinds.get(j, EMPTY) == expected, f"query tile {query}, key tile {key}"
             if expected:
                 by_key[j][i] = expected
