@@ -22,6 +22,15 @@ T = TypeVar("T")
 MANY_MODALITIES = 256
 
 
+def _remembered(derived: dict[Any, Any], key: Any, make: Callable[[], T]) -> T:
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return make()  # tensors made inside a torch.func transform are of no use outside it
+    if key not in derived:
+        derived[key] = make()
+    found: T = derived[key]
+    return found
+
+
 @dataclass(frozen=True, eq=False)
 class ModalityLayout:
     """Who is who in a batch of multimodal sequences. Made by :func:`segment_modalities`.
@@ -60,12 +69,7 @@ class ModalityLayout:
 
     def remember(self, key: Any, make: Callable[[], T]) -> T:
         """What has been derived from this layout under `key`, made at the first call: all layers share a layout."""
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            return make()  # tensors made inside a torch.func transform are of no use outside it
-        if key not in self._derived:
-            self._derived[key] = make()
-        found: T = self._derived[key]
-        return found
+        return _remembered(self._derived, key, make)
 
     @property
     def packed(self) -> bool:
@@ -184,6 +188,11 @@ class QueryRows:
     cu_seqlens: Tensor
     first_column: Tensor
     columns: Tensor
+    _derived: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
+
+    def remember(self, key: Any, make: Callable[[], T]) -> T:
+        """What has been derived from these rows under `key`, made at the first call."""
+        return _remembered(self._derived, key, make)
 
     def of(self, per_token: Tensor, missing: int = -1) -> Tensor:
         """A per-token integer property of the keys, taken at the queries: shape ``shape``."""

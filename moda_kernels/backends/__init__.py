@@ -8,11 +8,13 @@ import logging
 from collections.abc import Iterator
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from moda_kernels import checks, selected
 from moda_kernels.backends.cpu import CpuBackend
 from moda_kernels.backends.reference import ReferenceBackend
+from moda_kernels.backends.triton import TritonBackend
 from moda_kernels.call import AttentionCall
 
 log = logging.getLogger("moda_kernels")
@@ -22,6 +24,9 @@ class Backend(Protocol):
     """What a backend has to offer."""
 
     name: str
+
+    def serves(self, device: torch.device) -> bool:
+        """Whether `auto` should ask it for tensors on a device at all; if not, it is left out without a word."""
 
     def why_absent(self) -> list[str]:
         """Every reason why it can run nothing on this machine; empty if it can."""
@@ -34,7 +39,7 @@ class Backend(Protocol):
 
 
 #: In the order in which `auto` asks them.
-BACKENDS: dict[str, Backend] = {b.name: b for b in (CpuBackend(), ReferenceBackend())}
+BACKENDS: dict[str, Backend] = {b.name: b for b in (TritonBackend(), CpuBackend(), ReferenceBackend())}
 
 _told: set[tuple[str, ...]] = set()
 
@@ -64,7 +69,8 @@ def choose(call: AttentionCall, name: str | None) -> Backend:
     """
     name = named_backend(name)
     refused: list[str] = []
-    for backend in BACKENDS.values() if name == "auto" else [BACKENDS[name]]:
+    device = call.query.device
+    for backend in [b for b in BACKENDS.values() if b.serves(device)] if name == "auto" else [BACKENDS[name]]:
         reasons = backend.why_absent() or backend.why_not(call)
         if not reasons:
             _tell_once(backend.name, refused)

@@ -1,5 +1,6 @@
 """The specification as a backend: runs everything, everywhere, in O(L²) memory."""
 
+import torch
 from torch import Tensor
 
 from moda_kernels import reference
@@ -8,6 +9,9 @@ from moda_kernels.call import AttentionCall
 
 class ReferenceBackend:
     name = "reference"
+
+    def serves(self, device: torch.device) -> bool:
+        return True
 
     def why_absent(self) -> list[str]:
         return []

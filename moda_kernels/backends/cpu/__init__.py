@@ -28,6 +28,9 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 class CpuBackend:
     name = "cpu"
 
+    def serves(self, device: torch.device) -> bool:
+        return device.type == "cpu"
+
     def why_absent(self) -> list[str]:
         missing = [name for name in _OPERATORS if not hasattr(torch.ops.aten, name)]
         return [f"torch {torch.__version__} has no operator aten::{name}" for name in missing]

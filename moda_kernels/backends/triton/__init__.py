@@ -1,0 +1,128 @@
+"""The Triton backend: fused kernels on CUDA GPUs (and, for tests, in Triton's interpreter on the CPU).
+
+`passes.py` turns rules into what kernels walk; this file takes a checked call apart, picks tile sizes and decides where
+the key map goes; `moda_kernels.ops.attention` runs it.
+"""
+
+import torch
+from torch import Tensor
+
+from moda_kernels import alignment, triton
+from moda_kernels.backends.triton.passes import key_tile_lists, make_passes, pseudo_counts, query_tile_lists
+from moda_kernels.call import AttentionCall
+from moda_kernels.keymap import ModalityMap
+from moda_kernels.layout import ModalityLayout
+from moda_kernels.ops.attention import AttentionPlan, ModaAttention
+from moda_kernels.tiles import MAX_MODALITIES, MAX_TOKENS
+from moda_kernels.triton import attention_configs as configs
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_HEAD_DIM = 256
+#: A map is folded into the query where turning a query row (2 M D² operations) is at most a sixteenth of its attention
+#: over all keys (4 L D): from L = 8 M D keys on. Shorter keys are fused and written, once per key head.
+FOLD_FROM = 8
+
+
+class TritonBackend:
+    name = "triton"
+
+    def serves(self, device: torch.device) -> bool:
+        return device.type == "cuda"
+
+    def why_absent(self) -> list[str]:
+        return list(triton.why_absent())
+
+    def why_not(self, call: AttentionCall) -> list[str]:
+        reasons = []
+        device = triton.why_not_on(call.query.device)
+        if device is not None:
+            reasons.append(device)
+        if call.query.dtype not in _DTYPES:
+            reasons.append(f"it supports {', '.join(map(str, _DTYPES))}, got {call.query.dtype}")
+        for name, tensor in (("query and key", call.query), ("value", call.value)):
+            if not 1 <= tensor.shape[-1] <= MAX_HEAD_DIM:
+                reasons.append(f"it supports head sizes of {name} from 1 to {MAX_HEAD_DIM}, got {tensor.shape[-1]}")
+        if call.attn_mask is not None and call.attn_mask.requires_grad:
+            reasons.append("it has no gradient for attn_mask")
+        if call.mask.num_modalities > MAX_MODALITIES:
+            reasons.append(f"it supports at most {MAX_MODALITIES} modalities, got {call.mask.num_modalities}")
+        longest = _longest(call.layout)
+        if longest > MAX_TOKENS:
+            reasons.append(f"it supports sequences of at most {MAX_TOKENS} tokens, got {longest}")
+        return reasons
+
+    def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        with torch.autocast(call.query.device.type, enabled=False):
+            return self._attend(call)
+
+    def _attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        layout, queries, heads = call.layout, call.queries, call.query_heads
+        device = call.query.device
+        key, matrix = call.key, None
+        if call.key_map is not None:
+            if folds(call):
+                assert isinstance(call.key_map, ModalityMap)
+                matrix = call.key_map.matrix
+            else:
+                key = alignment.align_keys(key, call.key_map, layout)
+
+        base = decay = count = weights = None
+        if call.pseudo is not None:
+            base, decay = (_per_head(p, heads, device) for p in (call.pseudo.base, call.pseudo.decay))
+            count = pseudo_counts(layout, queries, call.mask, call.split, call.pseudo.length)
+        if call.split:
+            weights = torch.stack([_per_head(w, heads, device) for w in call.branch_weights])
+
+        tensors = (call.query, key, call.value, matrix, call.pair_bias, base, decay, weights)
+        differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        passes = make_passes(call.mask, call.split, call.pair_bias is not None or matrix is not None)
+        chosen = configs.choose(call.query.dtype, call.query.shape[-1], call.value.shape[-1], device)
+        *lists, overflow = query_tile_lists(layout, queries, passes, *chosen.forward[:2])
+        query_lists: tuple[Tensor, ...] = ()
+        key_lists: tuple[Tensor, ...] = ()
+        if differentiable:
+            query_lists = query_tile_lists(layout, queries, passes, *chosen.query[:2])[:4]
+            key_lists = key_tile_lists(layout, queries, passes, *chosen.keys[:2])[:4]
+        facts = (layout.modality.flatten(), layout.position.flatten(), layout.segment.flatten())
+        plan = AttentionPlan(
+            facts=(*facts, layout.cu_seqlens, queries.cu_seqlens, queries.first_column),
+            passes=passes.numbers,
+            count=count,
+            fault=None if layout.overflow is None else (layout.overflow | (overflow > 0)).int(),
+            lists=tuple(lists),
+            config=tuple(chosen.forward),
+            query_lists=query_lists,
+            query_config=tuple(chosen.query),
+            key_lists=key_lists,
+            key_config=tuple(chosen.keys),
+            group=None if matrix is None else layout.groups("modality"),
+            window=2**31 - 1 if call.mask.window is None else call.mask.window,
+            scale=call.scale,
+        )
+        out, lse, _ = ModaAttention.apply(*tensors, call.attn_mask, plan)
+        return out, lse
+
+
+def folds(call: AttentionCall) -> bool:
+    """Whether the call's key map is folded into the query, so that fused keys are never written.
+
+    Only a map with one matrix per modality can be (scope "sequence"); it pays where keys are many: see `FOLD_FROM`.
+    """
+    key_map = call.key_map
+    if not isinstance(key_map, ModalityMap) or not key_map.foldable:
+        return False
+    keys = call.layout.num_tokens // max(call.layout.num_sequences, 1)
+    return keys >= FOLD_FROM * call.layout.num_modalities * call.key.shape[-1]
+
+
+def _per_head(value: float | Tensor, heads: int, device: torch.device) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.float()
+    return torch.full((heads,), float(value), device=device)
+
+
+def _longest(layout: ModalityLayout) -> int:
+    """Tokens of the longest sequence, as far as known without waiting for a device."""
+    if layout.packed and layout.device.type == "cpu" and layout.num_sequences:
+        return int(layout.cu_seqlens.diff().max())
+    return 0 if layout.packed else layout.modality.shape[1]

@@ -1,0 +1,234 @@
+"""Modular-mask attention as an operator with gradients: the door to the Triton kernels of attention.
+
+`moda_kernels::attention` and `moda_kernels::attention_backward` are opaque to compilers: plain tensors and numbers in,
+tensors out. `ModaAttention` above them is what autograd, `torch.func` and `torch.compile` see.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moda_kernels.ops.grouped import segment_gram, segment_project
+
+_LIBRARY = torch.library.Library("moda_kernels", "FRAGMENT")
+_CALL = (
+    "Tensor query, Tensor key, Tensor value, Tensor? matrix, Tensor? bias, Tensor? base, Tensor? decay, "
+    "Tensor? weights, Tensor? attn_mask, Tensor? count"
+)
+_LIBRARY.define(
+    f"attention({_CALL}, Tensor? fault, Tensor[] facts, Tensor[] lists, int[] passes, int[] config, int window, "
+    "float scale) -> (Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define(
+    f"attention_backward(Tensor dout, Tensor dlse, Tensor out, Tensor lse, {_CALL}, Tensor[] facts, "
+    "Tensor[] query_lists, Tensor[] key_lists, int[] passes, int[] query_config, int[] key_config, int window, "
+    "float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from moda_kernels.triton import attention  # Triton is imported where a kernel runs, no earlier
+
+    return attention.forward(*arguments)
+
+
+def _attention_fake(
+    query: Tensor, key: Tensor, value: Tensor, matrix: Any, bias: Any, base: Any, decay: Any, weights: Any, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    from moda_kernels.triton import attention
+
+    return attention.forward_outputs(query, value, weights is not None)
+
+
+def _attention_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    from moda_kernels.triton import attention
+
+    return attention.backward(*arguments)
+
+
+def _attention_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    from moda_kernels.triton import attention
+
+    return attention.backward_outputs(*arguments)
+
+
+_LIBRARY.impl("attention", _attention, "CompositeExplicitAutograd")
+_LIBRARY.impl("attention_backward", _attention_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("moda_kernels::attention", _attention_fake, lib=_LIBRARY)
+torch.library.register_fake("moda_kernels::attention_backward", _attention_backward_fake, lib=_LIBRARY)
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionPlan:
+    """What a call of `ModaAttention` needs beside its differentiable tensors: who sees whom, and by which tiles.
+
+    Attributes:
+        facts, passes: as in `moda_kernels.triton.attention`.
+        count: int32 ``[branches, rows]``, pseudo scores of each query row, -1 for infinitely many; or None.
+        fault: int32 ``[1]``, not 0 makes all outputs NaN; or None.
+        lists, config: of the forward. query_lists, query_config, key_lists, key_config: of the backward's two kernels;
+            empty where there will be none.
+        group: int64 ``[tokens]``, sequence · M + modality of each key, where a map is folded into the query; else None.
+        window: of PAST rules; 2^31 - 1 for none. scale: of the scores.
+    """
+
+    facts: tuple[Tensor, ...]
+    passes: tuple[int, ...]
+    count: Tensor | None
+    fault: Tensor | None
+    lists: tuple[Tensor, ...]
+    config: tuple[int, ...]
+    query_lists: tuple[Tensor, ...]
+    query_config: tuple[int, ...]
+    key_lists: tuple[Tensor, ...]
+    key_config: tuple[int, ...]
+    group: Tensor | None
+    window: int
+    scale: float
+
+
+class ModaAttention(torch.autograd.Function):
+    """Attention under a modular mask, on the Triton kernels.
+
+    Args of `apply`:
+        query, key, value: ``[B, H, L, D]`` or packed ``[T, H, D]``, on a CUDA device.
+        matrix: ``[N, M, Hkv, D, D]`` or None: key maps to fold into the query (spec, section 8).
+        bias: ``[N or 1, Hq or 1, M, M]`` or None. base, decay: float32 ``[Hq]`` or None (pseudo scores, Eq. 9-10).
+        weights: float32 ``[2, Hq]`` makes the attention split (Eq. 7-8); None: joint.
+        attn_mask: bool or float, broadcasts to ``[B, Hq, Lq, Lk]``; no gradient. Or None.
+        plan: an `AttentionPlan`.
+
+    Returns:
+        out, lse as :func:`moda_kernels.moda_attention`, and the parts ``[2, …]`` of split attention, without gradient.
+    """
+
+    @staticmethod
+    def forward(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        matrix: Tensor | None,
+        bias: Tensor | None,
+        base: Tensor | None,
+        decay: Tensor | None,
+        weights: Tensor | None,
+        attn_mask: Tensor | None,
+        plan: AttentionPlan,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        out, parts, lse = torch.ops.moda_kernels.attention(
+            query, key, value, matrix, bias, base, decay, weights, attn_mask, plan.count, plan.fault,
+            list(plan.facts), list(plan.lists), list(plan.passes), list(plan.config), plan.window, plan.scale,
+        )  # fmt: skip
+        return out, lse, parts
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        *tensors, plan = inputs
+        out, lse, parts = output
+        ctx.mark_non_differentiable(parts)
+        # One of them is enough: delta needs the parts where there are any.
+        kept = out if inputs[7] is None else parts
+        ctx.save_for_backward(
+            *tensors, kept, lse, plan.count, plan.group, *plan.facts, *plan.query_lists, *plan.key_lists
+        )
+        ctx.numbers = (plan.passes, plan.query_config, plan.key_config, plan.window, plan.scale)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, dlse: Tensor, dparts: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        needed = tuple(ctx.needs_input_grad[:8])
+        grads = _Gradient.apply(dout, dlse, needed, ctx.numbers, *saved)
+        return *grads, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+        """One call per entry: entries share the layout, so nothing is gained by folding them into the batch."""
+        return _one_by_one(ModaAttention, info, in_dims, inputs)
+
+
+class _Gradient(torch.autograd.Function):
+    """The backward, as a Function of its own: its own backward says that there is none."""
+
+    @staticmethod
+    def forward(
+        dout: Tensor, dlse: Tensor, needed: tuple[bool, ...], numbers: tuple[Any, ...], *saved: Any
+    ) -> tuple[Tensor | None, ...]:
+        query, key, value, matrix, bias, base, decay, weights, attn_mask, out, lse, count, group = saved[:13]
+        facts, query_lists, key_lists = saved[13:19], saved[19:23], saved[23:27]
+        passes, query_config, key_config, window, scale = numbers
+        dq, dk, dv, bias_sums, sums = torch.ops.moda_kernels.attention_backward(
+            dout, dlse, out, lse, query, key, value, matrix, bias, base, decay, weights, attn_mask, count,
+            list(facts), list(query_lists), list(key_lists), list(passes), list(query_config), list(key_config),
+            window, scale,
+        )  # fmt: skip
+        dmatrix = None
+        if matrix is not None:
+            # dk is that of the fused keys k A so far.
+            dk, dmatrix = _through_map(key, matrix, dk, group, needed[3])
+        dbias = None if bias is None or not needed[4] else _bias_gradient(bias, bias_sums, query_lists[0], passes, facts[3])
+        per_head = sums.sum(0)  # [heads, branches, 3]
+        dbase = None if base is None or not needed[5] else per_head[..., 1].sum(1)
+        ddecay = None if decay is None or not needed[6] else per_head[..., 2].sum(1)
+        dweights = None if weights is None or not needed[7] else per_head[..., 0].T.contiguous()
+        return dq, dk, dv, dmatrix, dbias, dbase, ddecay, dweights
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError(
+            "moda_attention on the Triton kernels has no second derivative: use backend='reference' for it"
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
+        return _one_by_one(_Gradient, info, in_dims, inputs)
+
+
+def _through_map(
+    key: Tensor, matrix: Tensor, dfused: Tensor, group: Tensor, matrix_too: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of keys and map from that of fused keys k' = k A: dk = dk' Aᵀ, dA = Σ kᵀ dk'. Padding has dk' = 0."""
+
+    def tokens(x: Tensor) -> Tensor:
+        return x if x.dim() == 3 else x.transpose(1, 2).flatten(0, 1)
+
+    flat = matrix.flatten(0, 1)
+    dtokens = tokens(dfused)
+    dkey = segment_project(dtokens, flat.transpose(-1, -2), group)
+    dmatrix = segment_gram(tokens(key), dtokens, group, flat.shape[0]).view(matrix.shape) if matrix_too else None
+    if key.dim() == 4:
+        dkey = dkey.unflatten(0, (key.shape[0], key.shape[2])).transpose(1, 2)
+    return dkey.to(key.dtype), None if dmatrix is None else dmatrix.to(matrix.dtype)
+
+
+def _bias_gradient(bias: Tensor, sums: Tensor, tiles: Tensor, passes: Sequence[int], cu_seqlens: Tensor) -> Tensor:
+    """From sums over tiles by pass, head and query modality ``[P, tiles, Hq, M]`` to the shape of the bias."""
+    modalities, _, number = passes[:3]
+    of_pass = passes[len(passes) - number :]
+    if bias.shape[0] == 1:
+        summed = sums.sum(1, keepdim=True)  # [P, 1, Hq, M]
+    else:
+        sequences = torch.arange(cu_seqlens.shape[0] - 1, device=sums.device)
+        own = (tiles[:, 0] == sequences[:, None]).to(sums.dtype)  # [N, tiles]
+        summed = (own[:, :, None, None] * sums[:, None]).sum(2)
+    if bias.shape[1] == 1:
+        summed = summed.sum(2, keepdim=True)
+    none = summed.new_zeros(summed.shape[1:])
+    columns = [sum((summed[p] for p in range(number) if of_pass[p] == m), none) for m in range(modalities)]
+    return torch.stack(columns, -1).to(bias.dtype)
+
+
+def _one_by_one(function: Any, info: Any, in_dims: tuple[Any, ...], inputs: tuple[Any, ...]) -> tuple[Any, Any]:
+    def entry(i: int) -> Any:
+        chosen = (x if d is None else x.select(d, i) for x, d in zip(inputs, in_dims, strict=True))
+        return function.apply(*chosen)
+
+    results = [entry(i) for i in range(info.batch_size)]
+    stacked = tuple(None if column[0] is None else torch.stack(column) for column in zip(*results, strict=True))
+    return stacked, tuple(None if s is None else 0 for s in stacked)

@@ -1,0 +1,287 @@
+"""Launchers of the attention kernels: from tensors to pointers and strides, outputs allocated, grids set.
+
+A call is described by plain tensors and numbers (operators take nothing else):
+
+    query, key, value   [B, H, L, D] or packed [T, H, D], any strides with a contiguous last axis
+    facts               modality, position, segment of the key tokens; cu_seqlens of keys and of queries; the token in
+                        which each sequence's query 0 stands (all int32)
+    lists               tiles [tiles, 3]; order [tiles], the longest first; lists [passes, tiles, width], columns or rows
+                        *within the sequence*, one more column than is listed; counts [passes, tiles, 2]: full, all
+    passes              modalities M, passes of the first branch, passes P; then P·M rules, P member bits, P modalities
+    config              block of queries, block of keys, warps, stages
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moda_kernels.triton.backward import attention_backward_query, attention_row_sums
+from moda_kernels.triton.backward_keys import attention_backward_keys
+from moda_kernels.triton.forward import attention_forward
+
+LOG2E = 1.4426950408889634
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    matrix: Tensor | None,
+    bias: Tensor | None,
+    base: Tensor | None,
+    decay: Tensor | None,
+    weights: Tensor | None,
+    attn_mask: Tensor | None,
+    count: Tensor | None,
+    fault: Tensor | None,
+    facts: Sequence[Tensor],
+    lists: Sequence[Tensor],
+    passes: Sequence[int],
+    config: Sequence[int],
+    window: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, both parts ([2, …], split only, else empty) and lse (in `forward_outputs`' shapes).
+
+    matrix ``[N, M, Hkv, D, D]`` folds a key map into the query; weights ``[2, Hq]`` makes the attention split; bias is
+    ``[N or 1, Hq or 1, M, M]``; base, decay float32 ``[Hq]`` with count int32 ``[branches, rows]`` (-1: endless) add
+    pseudo scores; fault int32 ``[1]``, not 0: everything becomes NaN.
+    """
+    out, parts, lse = forward_outputs(query, value, weights is not None)
+    tiles = lists[0].shape[0]
+    if out.numel() == 0 and lse.numel() == 0:
+        return out, parts, lse
+    q, k, v = (_rows_contiguous(x) for x in (query, key, value))
+    heads = q.shape[1]
+    attention_forward[(tiles * heads,)](
+        p_q=q, p_k=k, p_v=v, p_out=out, p_parts=parts, p_lse=lse,
+        p_matrix=_like(matrix, q), p_bias=bias, p_base=base, p_decay=decay, p_weights=weights, p_count=count,
+        p_fault=fault, **_facts(facts), **_lists(lists, passes, query.device),
+        **_strides("q", q), **_strides("k", k), **_strides("v", v), **_strides("o", out),
+        s_pr=parts.stride(0), **_lse_strides("l", lse, q, with_rows=False),
+        **_bias_strides(bias), **_mask(attn_mask, q, k), s_cr=_count_rows(q),
+        query_heads=heads, group=heads // k.shape[1], query_length=_length(q), key_length=_length(k),
+        window=window, scale=scale * LOG2E,
+        **_blocks(q, v, config), SPLIT=weights is not None, PRECISION=precision(q.dtype),
+    )  # fmt: skip
+    return out, parts, lse
+
+
+def forward_outputs(query: Tensor, value: Tensor, split: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for output, parts and lse: out in the memory order of the query; lse ``[B, Hq, Lq]``, packed ``[Hq, T]``,
+    split with a last axis of 2."""
+    out = _new(query, value.shape[-1])
+    parts = _new(query, value.shape[-1], (2,)) if split else out.new_empty(0)
+    packed = query.dim() == 3
+    shape = (query.shape[1], query.shape[0]) if packed else tuple(query.shape[:3])
+    lse = torch.empty((*((2,) if split else ()), *shape), dtype=torch.float32, device=query.device)
+    return out, parts, lse.movedim(0, -1) if split else lse
+
+
+def backward(
+    dout: Tensor,
+    dlse: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    matrix: Tensor | None,
+    bias: Tensor | None,
+    base: Tensor | None,
+    decay: Tensor | None,
+    weights: Tensor | None,
+    attn_mask: Tensor | None,
+    count: Tensor | None,
+    facts: Sequence[Tensor],
+    query_lists: Sequence[Tensor],
+    key_lists: Sequence[Tensor],
+    passes: Sequence[int],
+    query_config: Sequence[int],
+    key_config: Sequence[int],
+    window: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, of the (fused) keys, of value; of the bias by tile, float32 ``[P, tiles, Hq, M]``; and by tile,
+    float32 ``[tiles, Hq, branches, 3]``, Σ do·o and the gradients of base and decay.
+
+    out: the parts, where split. query_lists: of the kernel that owns query tiles; key_lists: of the one that owns key
+    tiles (lists of query rows).
+    """
+    split = weights is not None
+    outputs = backward_outputs(
+        dout, dlse, out, lse, query, key, value, matrix, bias, base, decay, weights, attn_mask, count, facts, query_lists,
+        key_lists, passes,
+    )  # fmt: skip
+    dq, dk, dv, dbias, sums = outputs
+    dbias.zero_()  # tiles that are not used write nothing
+    if query.numel() == 0 or key.numel() == 0:
+        for grad in outputs:
+            grad.zero_()
+        return outputs
+    q, k, v, do = (_rows_contiguous(x) for x in (query, key, value, dout))
+    heads, key_heads = q.shape[1], k.shape[1]
+    rows, tiles = _count_rows(q), query_lists[0].shape[0]
+    new = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
+    delta, limit = new(sums.shape[2], heads, rows), new(sums.shape[2], heads, rows)
+    matrix = _like(matrix, q)
+    lengths = {"query_length": _length(q), "key_length": _length(k)}
+
+    attention_row_sums[(tiles, heads)](
+        p_dout=do, p_out=out, p_dlse=dlse, p_lse=lse, p_base=base, p_decay=decay, p_weights=weights, p_count=count,
+        **_facts(facts), p_tiles=query_lists[0], p_delta=delta, p_limit=limit, p_sums=sums,
+        **_strides("d", do), **_strides("o", out[0] if split else out), s_or=out.stride(0) if split else 0,
+        **_lse_strides("l", lse, q, with_rows=False), **_lse_strides("g", dlse, q, with_rows=True),
+        query_heads=heads, query_length=lengths["query_length"], all_rows=rows,
+        E=v.shape[-1], BLOCK_E=_padded(v), BLOCK_Q=query_config[0], SPLIT=split, num_warps=8,
+    )  # fmt: skip
+    common: dict[str, Any] = {
+        "p_q": q, "p_k": k, "p_v": v, "p_dout": do, "p_delta": delta, "p_limit": limit,
+        "p_matrix": matrix, "p_bias": bias, "p_weights": weights, **_facts(facts),
+        **_strides("q", q), **_strides("k", k), **_strides("v", v), **_strides("d", do),
+        **_bias_strides(bias), **_mask(attn_mask, q, k),
+        "query_heads": heads, "group": heads // key_heads, **lengths, "all_rows": rows,
+        "window": window, "scale": scale * LOG2E, "SPLIT": split, "PRECISION": precision(q.dtype),
+    }  # fmt: skip
+    attention_backward_query[(tiles * heads,)](
+        p_dq=dq, p_sum=None if matrix is None else new(heads, rows, q.shape[-1]), p_dbias=dbias, **_strides("g", dq),
+        **_lists(query_lists, passes, q.device), **_blocks(q, v, query_config), **common,
+    )  # fmt: skip
+    attention_backward_keys[(key_lists[0].shape[0] * key_heads,)](
+        p_dk=dk, p_dv=dv, **_strides("g", dk), **_strides("e", dv),
+        **_lists(key_lists, passes, q.device), **_blocks(q, v, key_config), **common,
+    )  # fmt: skip
+    return outputs
+
+
+def backward_outputs(
+    dout: Tensor,
+    dlse: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    matrix: Tensor | None,
+    bias: Tensor | None,
+    base: Tensor | None,
+    decay: Tensor | None,
+    weights: Tensor | None,
+    attn_mask: Tensor | None,
+    count: Tensor | None,
+    facts: Sequence[Tensor],
+    query_lists: Sequence[Tensor],
+    key_lists: Sequence[Tensor],
+    passes: Sequence[int],
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Room for what `backward` returns, in the memory order of the inputs."""
+    heads, tiles = query.shape[1], query_lists[0].shape[0]
+    new = functools.partial(torch.empty, dtype=torch.float32, device=query.device)
+    sums = new((tiles, heads, 1 if weights is None else 2, 3))
+    dbias = new((0 if bias is None else passes[2], tiles, heads, passes[0]))
+    return *(_new(x, x.shape[-1]) for x in (query, key, value)), dbias, sums
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How float32 is multiplied: exactly, unless torch's own switch allows TF32."""
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
+@functools.lru_cache(maxsize=256)
+def pass_table(passes: tuple[int, ...], device: torch.device) -> Tensor:
+    """The numbers behind the first three of `passes`, on the device: written once per mask, so no call waits."""
+    with torch.inference_mode(False):
+        return torch.tensor(passes[3:] or (0,), dtype=torch.int32, device=device)
+
+
+def _new(like: Tensor, size: int, several: tuple[int, ...] = ()) -> Tensor:
+    """Room in the memory order of a tensor, with another last axis. (Packed: zeros, because rows that lie in no document
+    are in no tile.)"""
+    if like.dim() == 3:
+        return torch.zeros((*several, *like.shape[:2], size), dtype=like.dtype, device=like.device)
+    batch, heads, length, _ = like.shape
+    new = functools.partial(torch.empty, dtype=like.dtype, device=like.device)
+    if like.stride(1) < like.stride(2):
+        return new((*several, batch, length, heads, size)).transpose(-3, -2)
+    return new((*several, batch, heads, length, size))
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _like(matrix: Tensor | None, query: Tensor) -> Tensor | None:
+    return None if matrix is None else matrix.to(query.dtype).contiguous()
+
+
+def _length(x: Tensor) -> int:
+    """Rows from one sequence to the next; 0 where they are packed in one matrix."""
+    return 0 if x.dim() == 3 else x.shape[2]
+
+
+def _count_rows(x: Tensor) -> int:
+    return x.shape[0] if x.dim() == 3 else x.shape[0] * x.shape[2]
+
+
+def _strides(name: str, x: Tensor) -> dict[str, int]:
+    """Of batch, head and token."""
+    b, h, t = (0, x.stride(1), x.stride(0)) if x.dim() == 3 else x.stride()[:3]
+    return {f"s_{name}b": b, f"s_{name}h": h, f"s_{name}t": t}
+
+
+def _lse_strides(name: str, lse: Tensor, query: Tensor, with_rows: bool) -> dict[str, int]:
+    """Of branch, batch and head (and row) of lse or its gradient."""
+    packed = query.dim() == 3
+    b, h, t = (0, *lse.stride()[:2]) if packed else lse.stride()[:3]
+    r = lse.stride(-1) if lse.dim() > (2 if packed else 3) else 0
+    return {f"s_{name}r": r, f"s_{name}b": b, f"s_{name}h": h, **({f"s_{name}t": t} if with_rows else {})}
+
+
+def _bias_strides(bias: Tensor | None) -> dict[str, int]:
+    strides = (0, 0, 0, 0) if bias is None else tuple(0 if n == 1 else s for n, s in zip(bias.shape, bias.stride(), strict=True))
+    return dict(zip(("s_bn", "s_bh", "s_ba", "s_bb"), strides, strict=True))
+
+
+def _mask(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> dict[str, Any]:
+    """attn_mask broadcast by strides of 0."""
+    kind, strides = 0, (0, 0, 0, 0)
+    if attn_mask is not None:
+        kind = 1 if attn_mask.dtype == torch.bool else 2
+        attn_mask = attn_mask.view(torch.uint8) if kind == 1 else attn_mask
+        strides = attn_mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2]).stride()
+    return {"p_mask": attn_mask, "MASK": kind, **dict(zip(("s_mb", "s_mh", "s_mq", "s_mk"), strides, strict=True))}
+
+
+def _facts(facts: Sequence[Tensor]) -> dict[str, Tensor]:
+    names = ("p_modality", "p_position", "p_segment", "p_cu_k", "p_cu_q", "p_first")
+    return dict(zip(names, facts, strict=True))
+
+
+def _lists(lists: Sequence[Tensor], passes: Sequence[int], device: torch.device) -> dict[str, Any]:
+    tiles, order, entries, counts = lists
+    modalities, first_passes, number = passes[:3]
+    table = pass_table(tuple(passes), device)
+    return {
+        "p_tiles": tiles, "p_order": order, "p_lists": entries, "p_counts": counts,
+        "p_rules": table, "p_members": table[number * modalities :], "p_modalities": table[number * (modalities + 1) :],
+        "tiles": tiles.shape[0], "width": entries.shape[2], "first_passes": first_passes, "passes": number,
+        "modalities": modalities,
+    }  # fmt: skip
+
+
+def _padded(x: Tensor) -> int:
+    """A head size as a block: a power of two, at least what a tensor core takes."""
+    return max(16, 1 << (x.shape[-1] - 1).bit_length())
+
+
+def _blocks(query: Tensor, value: Tensor, config: Sequence[int]) -> dict[str, Any]:
+    block_q, block_k, warps, stages = config
+    return {
+        "D": query.shape[-1], "E": value.shape[-1], "BLOCK_D": _padded(query), "BLOCK_E": _padded(value),
+        "BLOCK_Q": block_q, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages,
+    }  # fmt: skip
