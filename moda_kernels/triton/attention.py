@@ -23,6 +23,8 @@ from moda_kernels.triton.backward_keys import attention_backward_keys
 from moda_kernels.triton.forward import attention_forward
 
 LOG2E = 1.4426950408889634
+#: Up to so many passes are unrolled in the kernels.
+UNROLLED = 4
 
 
 def forward(
@@ -55,6 +57,7 @@ def forward(
     if out.numel() == 0 and lse.numel() == 0:
         return out, parts, lse
     q, k, v = (_rows_contiguous(x) for x in (query, key, value))
+    q, scale = _with_positive_scale(q, scale)
     heads = q.shape[1]
     attention_forward[(tiles * heads,)](
         p_q=q, p_k=k, p_v=v, p_out=out, p_parts=parts, p_lse=lse,
@@ -215,6 +218,13 @@ def _rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _with_positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:
+    """The forward's largest score has to be the largest product too; a scale of 0 or less turns the query instead."""
+    if scale > 0:
+        return query, scale
+    return (-query, -scale) if scale < 0 else (query * 0, 1.0)
+
+
 def _like(matrix: Tensor | None, query: Tensor) -> Tensor | None:
     return None if matrix is None else matrix.to(query.dtype).contiguous()
 
@@ -271,6 +281,7 @@ def _lists(lists: Sequence[Tensor], passes: Sequence[int], device: torch.device)
         "p_rules": table, "p_members": table[number * modalities :], "p_modalities": table[number * (modalities + 1) :],
         "tiles": tiles.shape[0], "width": entries.shape[2], "first_passes": first_passes, "passes": number,
         "modalities": modalities,
+        "FIRST_PASSES": first_passes if number <= UNROLLED else 0, "PASSES": number if number <= UNROLLED else 0,
     }  # fmt: skip
 
 

@@ -83,14 +83,21 @@ def attention_row_sums(
 
 @triton.jit
 def _walk(
-    b_dq, b_db, b_q, b_do, b_limit, b_delta, weight, b_low, b_high, b_own, o_row, b_real,
-    p_k, p_v, p_list, i_begin, i_end, p_modality, p_position, p_segment, p_mask, begin, end, members,
-    s_kt, s_vt, s_mq, s_mk, scale,
-    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
-    PARTIAL: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    b_dq, b_db, b_q, b_do, b_limit, b_delta, weight, members,
+    p_k, p_v, p_list, i_begin, i_end, p_modality, p_position, p_segment, p_rules, p_mask,
+    begin, end, first, rows, o_q, window, s_kt, s_vt, s_mq, s_mk, scale,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PARTIAL: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq (without the scale) and row sums of ds over listed key tiles."""
     o_k = tl.arange(0, BLOCK_K)
+    if PARTIAL or MASK > 0:
+        # Not passed in: through the loop over full tiles they would cost registers.
+        o_row = tl.arange(0, BLOCK_Q)
+        b_modality, b_row_position, b_row_segment = query_facts(
+            p_modality, p_position, p_segment, begin, end, first, o_row, rows
+        )  # fmt: skip
+        b_low, b_high, b_own = row_limits(p_rules, b_modality, b_row_position, b_row_segment, window)
     ahead = tl.load(p_list + i_begin)
     for i in range(i_begin, i_end):
         column = ahead
@@ -105,8 +112,8 @@ def _walk(
         b_v = load_rows(p_v_tile, o_k, s_vt, real, E, BLOCK_E, PARTIAL)  # [BLOCK_K, BLOCK_E]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale - b_limit[:, None]  # [BLOCK_Q, BLOCK_K]
         if MASK > 0:
-            inside = b_real[:, None] & real[None, :]
-            b_s += load_mask(p_mask, o_row[:, None], column + o_k[None, :], s_mq, s_mk, inside, MASK == 1)
+            inside = (o_row < rows)[:, None] & real[None, :]
+            b_s += load_mask(p_mask, o_q + o_row[:, None], column + o_k[None, :], s_mq, s_mk, inside, MASK == 1)
         if PARTIAL:
             seen = visible(b_low[:, None], b_high[:, None], b_own[:, None], b_position[None, :], b_segment[None, :])
             b_s = tl.where(seen, b_s, float("-inf"))
@@ -119,6 +126,63 @@ def _walk(
             b_db += tl.sum(b_ds, 1)
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
     return b_dq, b_db
+
+
+@triton.jit
+def _pass(
+    b_dq, b_query, b_do, b_limit, b_delta, weight, i_pass, i_batch, i_head, i_group, i_tile, p_k, p_v,
+    p_sum_tile, p_dbias, p_matrix, p_bias, p_mask, p_modality, p_position, p_segment,
+    p_lists, p_counts, p_rules, p_members, p_modalities,
+    begin, end, first, rows, o_q, tiles, width, modalities, query_heads, group, window, scale,
+    s_kt, s_vt, s_bn, s_bh, s_ba, s_bb, s_mq, s_mk,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One pass: dq so far, the pass's d bias, and, with a key map, the pass's dq turned back and added to p_sum."""
+    b_q = b_query
+    b_db = tl.zeros([BLOCK_Q], tl.float32)
+    i_modality = tl.load(p_modalities + i_pass)
+    if p_matrix is not None:
+        i_matrix = ((i_batch * modalities + i_modality) * (query_heads // group) + i_group) * D * D
+        b_turn = load_square(p_matrix + i_matrix, True, D, BLOCK_D)
+        b_q = tl.dot(b_query, b_turn, input_precision=PRECISION).to(b_query.dtype)
+        b_dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    if p_bias is not None:
+        o_row = tl.arange(0, BLOCK_Q)
+        b_modality, _, _ = query_facts(p_modality, p_position, p_segment, begin, end, first, o_row, rows)
+        p_row = p_bias + i_batch * s_bn + i_head * s_bh + tl.maximum(b_modality, 0) * s_ba + i_modality * s_bb
+        b_shift = tl.load(p_row).to(tl.float32) * LOG2E
+        b_limit -= tl.where(b_shift < LOWEST, LOWEST, b_shift)
+    i_list = (i_pass * tiles + i_tile).to(tl.int64)
+    p_list = p_lists + i_list * width
+    full, every = tl.load(p_counts + i_list * 2), tl.load(p_counts + i_list * 2 + 1)
+    b_dq, b_db = _walk(
+        b_dq, b_db, b_q, b_do, b_limit, b_delta, weight, 0,
+        p_k, p_v, p_list, 0, full, p_modality, p_position, p_segment, p_rules, p_mask,
+        begin, end, first, rows, o_q, window, s_kt, s_vt, s_mq, s_mk, scale,
+        D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, False, MASK, p_bias is not None, SPLIT, PRECISION,
+    )  # fmt: skip
+    b_dq, b_db = _walk(
+        b_dq, b_db, b_q, b_do, b_limit, b_delta, weight, tl.load(p_members + i_pass),
+        p_k, p_v, p_list, full, every, p_modality, p_position, p_segment, p_rules + i_pass * modalities, p_mask,
+        begin, end, first, rows, o_q, window, s_kt, s_vt, s_mq, s_mk, scale,
+        D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, True, MASK, p_bias is not None, SPLIT, PRECISION,
+    )  # fmt: skip
+    if p_bias is not None:
+        o_row = tl.arange(0, BLOCK_Q)
+        b_modality, _, _ = query_facts(p_modality, p_position, p_segment, begin, end, first, o_row, rows)
+        p_dbias_row = p_dbias + ((i_pass * tiles + i_tile) * query_heads + i_head) * modalities
+        for i_row_modality in range(0, modalities):
+            tl.store(p_dbias_row + i_row_modality, tl.sum(tl.where(b_modality == i_row_modality, b_db, 0.0), 0))
+    if p_matrix is not None:
+        o_row = tl.arange(0, BLOCK_Q)
+        b_back = load_square(p_matrix + i_matrix, False, D, BLOCK_D)
+        b_part = tl.dot(b_dq.to(b_query.dtype), b_back, input_precision=PRECISION)
+        if i_pass > 0:
+            tl.debug_barrier()
+            b_part += load_rows(p_sum_tile, o_row, D, o_row < rows, D, BLOCK_D, True)
+        store_rows(p_sum_tile, o_row, D, b_part, o_row < rows, D, BLOCK_D)
+    return b_dq
 
 
 @triton.jit(do_not_specialize=["query_heads", "query_length", "key_length", "tiles", "width", "first_passes", "passes",
@@ -134,6 +198,7 @@ def attention_backward_query(
     scale,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    FIRST_PASSES: tl.constexpr, PASSES: tl.constexpr,
 ):  # fmt: skip
     """dq, and d bias summed over each tile by query modality.
 
@@ -161,75 +226,51 @@ def attention_backward_query(
         p_mask += i_batch * s_mb + i_head.to(tl.int64) * s_mh
 
     o_row = tl.arange(0, BLOCK_Q)
-    b_modality, b_position, b_segment = query_facts(
-        p_modality, p_position, p_segment, begin, end, first, o_row, rows
-    )  # fmt: skip
+    b_modality, _, _ = query_facts(p_modality, p_position, p_segment, begin, end, first, o_row, rows)
     b_real = b_modality >= 0
     b_query = load_rows(p_q, o_row, s_qt, b_real, D, BLOCK_D, True)  # [BLOCK_Q, BLOCK_D]
     b_do = load_rows(p_dout, o_row, s_dt, b_real, E, BLOCK_E, True)  # [BLOCK_Q, BLOCK_E]
-    b_q = b_query
     b_dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-    b_db = tl.zeros([BLOCK_Q], tl.float32)
     weight = 1.0
+    p_sum_tile = p_sum
+    if p_matrix is not None:
+        p_sum_tile = p_sum + (i_head.to(tl.int64) * all_rows + row) * D
 
     for i_branch in tl.static_range(2 if SPLIT else 1):
         o_flat = (i_branch * query_heads + i_head).to(tl.int64) * all_rows + row + o_row
-        b_limit_all = tl.load(p_limit + o_flat, mask=b_real, other=float("inf"))
+        b_limit = tl.load(p_limit + o_flat, mask=b_real, other=float("inf"))
         b_delta = tl.load(p_delta + o_flat, mask=b_real, other=0.0)
-        b_limit = b_limit_all
         if SPLIT:
             weight = tl.load(p_weights + i_branch * query_heads + i_head)
-        pass_from = first_passes if i_branch == 1 else 0
-        pass_to = first_passes if SPLIT and i_branch == 0 else passes
-        for i_pass in range(pass_from, pass_to):
-            i_modality = tl.load(p_modalities + i_pass)
-            if p_matrix is not None:
-                i_matrix = ((i_batch * modalities + i_modality) * (query_heads // group) + i_group) * D * D
-                b_turn = load_square(p_matrix + i_matrix, True, D, BLOCK_D)
-                b_q = tl.dot(b_query, b_turn, input_precision=PRECISION).to(b_query.dtype)
-                b_dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-            if p_bias is not None:
-                p_row = p_bias + i_batch * s_bn + i_head * s_bh + tl.maximum(b_modality, 0) * s_ba + i_modality * s_bb
-                b_shift = tl.load(p_row).to(tl.float32) * LOG2E
-                b_limit = b_limit_all - tl.where(b_shift < LOWEST, LOWEST, b_shift)
-                b_db = tl.zeros([BLOCK_Q], tl.float32)
-            b_low, b_high, b_own = row_limits(
-                p_rules + i_pass * modalities, b_modality, b_position, b_segment, window
-            )  # fmt: skip
-            members = tl.load(p_members + i_pass)
-            i_list = (i_pass * tiles + i_tile).to(tl.int64)
-            p_list = p_lists + i_list * width
-            full, every = tl.load(p_counts + i_list * 2), tl.load(p_counts + i_list * 2 + 1)
-            b_dq, b_db = _walk(
-                b_dq, b_db, b_q, b_do, b_limit, b_delta, weight, b_low, b_high, b_own, o_q + o_row, b_real,
-                p_k, p_v, p_list, 0, full, p_modality, p_position, p_segment, p_mask, begin, end, members,
-                s_kt, s_vt, s_mq, s_mk, scale, D, E, BLOCK_D, BLOCK_E, BLOCK_K,
-                False, MASK, p_bias is not None, SPLIT, PRECISION,
-            )  # fmt: skip
-            b_dq, b_db = _walk(
-                b_dq, b_db, b_q, b_do, b_limit, b_delta, weight, b_low, b_high, b_own, o_q + o_row, b_real,
-                p_k, p_v, p_list, full, every, p_modality, p_position, p_segment, p_mask, begin, end, members,
-                s_kt, s_vt, s_mq, s_mk, scale, D, E, BLOCK_D, BLOCK_E, BLOCK_K,
-                True, MASK, p_bias is not None, SPLIT, PRECISION,
-            )  # fmt: skip
-            if p_bias is not None:
-                p_dbias_row = p_dbias + ((i_pass * tiles + i_tile) * query_heads + i_head) * modalities
-                for i_row_modality in range(0, modalities):
-                    tl.store(p_dbias_row + i_row_modality, tl.sum(tl.where(b_modality == i_row_modality, b_db, 0.0), 0))
-            if p_matrix is not None:
-                b_back = load_square(p_matrix + i_matrix, False, D, BLOCK_D)
-                b_part = tl.dot(b_dq.to(b_query.dtype), b_back, input_precision=PRECISION)
-                p_sum_tile = p_sum + (i_head.to(tl.int64) * all_rows + row) * D
-                if i_pass > 0:
-                    tl.debug_barrier()
-                    b_part += load_rows(p_sum_tile, o_row, D, o_row < rows, D, BLOCK_D, True)
-                store_rows(p_sum_tile, o_row, D, b_part, o_row < rows, D, BLOCK_D)
+        if PASSES > 0:
+            for i_pass in tl.static_range(
+                FIRST_PASSES if i_branch == 1 else 0, FIRST_PASSES if SPLIT and i_branch == 0 else PASSES
+            ):  # fmt: skip
+                b_dq = _pass(
+                    b_dq, b_query, b_do, b_limit, b_delta, weight, i_pass, i_batch, i_head, i_group, i_tile, p_k, p_v,
+                    p_sum_tile, p_dbias, p_matrix, p_bias, p_mask, p_modality, p_position, p_segment,
+                    p_lists, p_counts, p_rules, p_members, p_modalities,
+                    begin, end, first, rows, o_q, tiles, width, modalities, query_heads, group, window, scale,
+                    s_kt, s_vt, s_bn, s_bh, s_ba, s_bb, s_mq, s_mk,
+                    D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, SPLIT, MASK, PRECISION,
+                )  # fmt: skip
+        else:
+            pass_from = first_passes if i_branch == 1 else 0
+            pass_to = first_passes if SPLIT and i_branch == 0 else passes
+            for i_pass in range(pass_from, pass_to):
+                b_dq = _pass(
+                    b_dq, b_query, b_do, b_limit, b_delta, weight, i_pass, i_batch, i_head, i_group, i_tile, p_k, p_v,
+                    p_sum_tile, p_dbias, p_matrix, p_bias, p_mask, p_modality, p_position, p_segment,
+                    p_lists, p_counts, p_rules, p_members, p_modalities,
+                    begin, end, first, rows, o_q, tiles, width, modalities, query_heads, group, window, scale,
+                    s_kt, s_vt, s_bn, s_bh, s_ba, s_bb, s_mq, s_mk,
+                    D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, SPLIT, MASK, PRECISION,
+                )  # fmt: skip
 
     # Addresses are made again here: kept through the loops they would cost registers.
     p_dq += i_batch * s_gb + i_head.to(tl.int64) * s_gh + o_q.to(tl.int64) * s_gt
     if p_matrix is not None:
         tl.debug_barrier()
-        p_sum_tile = p_sum + (i_head.to(tl.int64) * all_rows + row) * D
         b_dq = load_rows(p_sum_tile, o_row, D, o_row < rows, D, BLOCK_D, True)
         if passes == 0:
             b_dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)

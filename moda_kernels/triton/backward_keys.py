@@ -24,15 +24,22 @@ from moda_kernels.triton.primitives import (
 
 @triton.jit
 def _walk(
-    b_dk, b_dv, b_k, b_v, b_position, b_segment, real, o_column,
+    b_dk, b_dv, b_k, b_v, members, token, count,
     p_q, p_dout, p_limit, p_delta, p_bias, p_rules, p_weights, p_list, i_begin, i_end,
     p_modality, p_position, p_segment, p_mask, begin, end, first, o_flat, rows, i_branch, i_key_head,
     s_qh, s_qt, s_dh, s_dt, s_bh, s_ba, s_mh, s_mq, s_mk, query_heads, group, all_rows, window, scale,
-    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_Q: tl.constexpr,
-    PARTIAL: tl.constexpr, MASK: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PARTIAL: tl.constexpr, MASK: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk (without the scale) and dv over listed query tiles and the heads of the group, one after the other."""
     o_q = tl.arange(0, BLOCK_Q)
+    if PARTIAL or MASK > 0:
+        # Not passed in: through the loop over full tiles they would cost registers.
+        o_key = tl.arange(0, BLOCK_K)
+        real, b_position, b_segment = key_facts(
+            p_modality, p_position, p_segment, token + o_key, o_key < count, members
+        )  # fmt: skip
+        o_column = token - begin + o_key
     ahead = tl.load(p_list + i_begin)
     for i in range(i_begin * group, i_end * group):
         row = ahead  # of the sequence's queries
@@ -82,6 +89,46 @@ def _walk(
     return b_dk, b_dv
 
 
+@triton.jit
+def _pass(
+    b_dk, b_dv, b_key, b_v, i_pass, i_branch, i_batch, i_key_head, i_tile, token, count,
+    p_q, p_dout, p_limit, p_delta, p_matrix, p_bias, p_weights, p_mask,
+    p_modality, p_position, p_segment, p_lists, p_counts, p_rules, p_members, p_modalities,
+    begin, end, first, o_flat, rows, s_qh, s_qt, s_dh, s_dt, s_bh, s_ba, s_bb, s_mh, s_mq, s_mk,
+    query_heads, group, tiles, width, modalities, all_rows, window, scale,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, MASK: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One pass: the keys mapped, the lists walked."""
+    b_k = b_key
+    i_modality = tl.load(p_modalities + i_pass)
+    i_list = (i_pass * tiles + i_tile).to(tl.int64)
+    p_list = p_lists + i_list * width
+    full, every = tl.load(p_counts + i_list * 2), tl.load(p_counts + i_list * 2 + 1)
+    if p_matrix is not None:
+        i_matrix = ((i_batch * modalities + i_modality) * (query_heads // group) + i_key_head) * D * D
+        b_turn = load_square(p_matrix + i_matrix, False, D, BLOCK_D)
+        b_k = tl.dot(b_key, b_turn, input_precision=PRECISION).to(b_key.dtype)
+    p_bias_pass = p_bias
+    if p_bias is not None:
+        p_bias_pass = p_bias + i_modality * s_bb
+    b_dk, b_dv = _walk(
+        b_dk, b_dv, b_k, b_v, 0, token, count,
+        p_q, p_dout, p_limit, p_delta, p_bias_pass, p_rules, p_weights, p_list, 0, full,
+        p_modality, p_position, p_segment, p_mask, begin, end, first, o_flat, rows, i_branch, i_key_head,
+        s_qh, s_qt, s_dh, s_dt, s_bh, s_ba, s_mh, s_mq, s_mk, query_heads, group, all_rows, window, scale,
+        D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, False, MASK, SPLIT, PRECISION,
+    )  # fmt: skip
+    b_dk, b_dv = _walk(
+        b_dk, b_dv, b_k, b_v, tl.load(p_members + i_pass), token, count,
+        p_q, p_dout, p_limit, p_delta, p_bias_pass, p_rules + i_pass * modalities, p_weights, p_list, full, every,
+        p_modality, p_position, p_segment, p_mask, begin, end, first, o_flat, rows, i_branch, i_key_head,
+        s_qh, s_qt, s_dh, s_dt, s_bh, s_ba, s_mh, s_mq, s_mk, query_heads, group, all_rows, window, scale,
+        D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, True, MASK, SPLIT, PRECISION,
+    )  # fmt: skip
+    return b_dk, b_dv
+
+
 @triton.jit(do_not_specialize=["query_heads", "query_length", "key_length", "tiles", "width", "first_passes", "passes",
                                "all_rows"])  # fmt: skip
 def attention_backward_keys(
@@ -95,6 +142,7 @@ def attention_backward_keys(
     scale,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    FIRST_PASSES: tl.constexpr, PASSES: tl.constexpr,
 ):  # fmt: skip
     """dv, and dk; with a key map p_dk gets the gradient of the *fused* keys, from which those of keys and map follow.
 
@@ -128,44 +176,34 @@ def attention_backward_keys(
     real = tl.load(p_modality + token + o_row, mask=inside, other=-1) >= 0
     b_key = load_rows(p_k, o_row, s_kt, real, D, BLOCK_D, True)  # [BLOCK_K, BLOCK_D]
     b_v = load_rows(p_v, o_row, s_vt, real, E, BLOCK_E, True)  # [BLOCK_K, BLOCK_E]
-    b_k = b_key
     b_dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_K, BLOCK_E], tl.float32)
 
     for i_branch in tl.static_range(2 if SPLIT else 1):
-        pass_from = first_passes if i_branch == 1 else 0
-        pass_to = first_passes if SPLIT and i_branch == 0 else passes
-        for i_pass in range(pass_from, pass_to):
-            i_modality = tl.load(p_modalities + i_pass)
-            i_list = (i_pass * tiles + i_tile).to(tl.int64)
-            p_list = p_lists + i_list * width
-            full, every = tl.load(p_counts + i_list * 2), tl.load(p_counts + i_list * 2 + 1)
-            if p_matrix is not None:
-                i_matrix = ((i_batch * modalities + i_modality) * key_heads + i_key_head) * D * D
-                b_turn = load_square(p_matrix + i_matrix, False, D, BLOCK_D)
-                b_k = tl.dot(b_key, b_turn, input_precision=PRECISION).to(b_key.dtype)
-            p_bias_pass = p_bias
-            if p_bias is not None:
-                p_bias_pass = p_bias + i_modality * s_bb
-            members = tl.load(p_members + i_pass)
-            _, b_position, b_segment = key_facts(
-                p_modality, p_position, p_segment, token + o_row, inside, members
-            )  # fmt: skip
-            p_rules_pass = p_rules + i_pass * modalities
-            b_dk, b_dv = _walk(
-                b_dk, b_dv, b_k, b_v, b_position, b_segment, real, token - begin + o_row,
-                p_q, p_dout, p_limit, p_delta, p_bias_pass, p_rules_pass, p_weights, p_list, 0, full,
-                p_modality, p_position, p_segment, p_mask, begin, end, first, o_flat, rows, i_branch, i_key_head,
-                s_qh, s_qt, s_dh, s_dt, s_bh, s_ba, s_mh, s_mq, s_mk, query_heads, group, all_rows, window, scale,
-                D, E, BLOCK_D, BLOCK_E, BLOCK_Q, False, MASK, SPLIT, PRECISION,
-            )  # fmt: skip
-            b_dk, b_dv = _walk(
-                b_dk, b_dv, b_k, b_v, b_position, b_segment, real, token - begin + o_row,
-                p_q, p_dout, p_limit, p_delta, p_bias_pass, p_rules_pass, p_weights, p_list, full, every,
-                p_modality, p_position, p_segment, p_mask, begin, end, first, o_flat, rows, i_branch, i_key_head,
-                s_qh, s_qt, s_dh, s_dt, s_bh, s_ba, s_mh, s_mq, s_mk, query_heads, group, all_rows, window, scale,
-                D, E, BLOCK_D, BLOCK_E, BLOCK_Q, True, MASK, SPLIT, PRECISION,
-            )  # fmt: skip
+        if PASSES > 0:
+            for i_pass in tl.static_range(
+                FIRST_PASSES if i_branch == 1 else 0, FIRST_PASSES if SPLIT and i_branch == 0 else PASSES
+            ):  # fmt: skip
+                b_dk, b_dv = _pass(
+                    b_dk, b_dv, b_key, b_v, i_pass, i_branch, i_batch, i_key_head, i_tile, token, count,
+                    p_q, p_dout, p_limit, p_delta, p_matrix, p_bias, p_weights, p_mask,
+                    p_modality, p_position, p_segment, p_lists, p_counts, p_rules, p_members, p_modalities,
+                    begin, end, first, o_flat, rows, s_qh, s_qt, s_dh, s_dt, s_bh, s_ba, s_bb, s_mh, s_mq, s_mk,
+                    query_heads, group, tiles, width, modalities, all_rows, window, scale,
+                    D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, MASK, SPLIT, PRECISION,
+                )  # fmt: skip
+        else:
+            pass_from = first_passes if i_branch == 1 else 0
+            pass_to = first_passes if SPLIT and i_branch == 0 else passes
+            for i_pass in range(pass_from, pass_to):
+                b_dk, b_dv = _pass(
+                    b_dk, b_dv, b_key, b_v, i_pass, i_branch, i_batch, i_key_head, i_tile, token, count,
+                    p_q, p_dout, p_limit, p_delta, p_matrix, p_bias, p_weights, p_mask,
+                    p_modality, p_position, p_segment, p_lists, p_counts, p_rules, p_members, p_modalities,
+                    begin, end, first, o_flat, rows, s_qh, s_qt, s_dh, s_dt, s_bh, s_ba, s_bb, s_mh, s_mq, s_mk,
+                    query_heads, group, tiles, width, modalities, all_rows, window, scale,
+                    D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, MASK, SPLIT, PRECISION,
+                )  # fmt: skip
 
     # Addresses are made again here: kept through the loops they would cost registers.
     o_row = tl.arange(0, BLOCK_K)

@@ -28,14 +28,21 @@ from moda_kernels.triton.primitives import (
 
 @triton.jit
 def _walk(
-    b_acc, b_max, b_sum, b_q, b_low, b_high, b_own, o_row, b_real,
-    p_k, p_v, p_list, i_begin, i_end, p_modality, p_position, p_segment, p_mask, begin, end, members,
-    s_kt, s_vt, s_mq, s_mk, scale,
-    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
-    PARTIAL: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    b_acc, b_max, b_sum, b_q, members,
+    p_k, p_v, p_list, i_begin, i_end, p_modality, p_position, p_segment, p_rules, p_mask,
+    begin, end, first, rows, o_q, window, s_kt, s_vt, s_mq, s_mk, scale,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PARTIAL: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over listed key tiles."""
     o_k = tl.arange(0, BLOCK_K)
+    if PARTIAL or MASK > 0:
+        # Not passed in: through the loop over full tiles they would cost registers.
+        o_row = tl.arange(0, BLOCK_Q)
+        b_modality, b_row_position, b_row_segment = query_facts(
+            p_modality, p_position, p_segment, begin, end, first, o_row, rows
+        )  # fmt: skip
+        b_low, b_high, b_own = row_limits(p_rules, b_modality, b_row_position, b_row_segment, window)
     # The next entry is loaded a step ahead: an address that has to be waited for would cost a pipeline stage.
     ahead = tl.load(p_list + i_begin)
     for i in range(i_begin, i_end):
@@ -48,23 +55,69 @@ def _walk(
         else:
             real = o_k >= 0
         b_k = load_rows(p_k_tile, o_k, s_kt, real, D, BLOCK_D, PARTIAL)  # [BLOCK_K, BLOCK_D]
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale  # [BLOCK_Q, BLOCK_K]
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BLOCK_Q, BLOCK_K]
+        factor = scale  # it is positive: the largest score stays the largest, and the scale joins the exponent's sum
         if MASK > 0:
-            inside = b_real[:, None] & real[None, :]
-            b_s += load_mask(p_mask, o_row[:, None], column + o_k[None, :], s_mq, s_mk, inside, MASK == 1)
+            b_s *= scale
+            factor = 1.0
+            inside = (o_row < rows)[:, None] & real[None, :]
+            b_s += load_mask(p_mask, o_q + o_row[:, None], column + o_k[None, :], s_mq, s_mk, inside, MASK == 1)
         if PARTIAL:
             seen = visible(b_low[:, None], b_high[:, None], b_own[:, None], b_position[None, :], b_segment[None, :])
             b_s = tl.where(seen, b_s, float("-inf"))
-        b_new = tl.maximum(b_max, tl.max(b_s, 1))
+        b_new = tl.maximum(b_max, tl.max(b_s, 1) * factor)
         b_from = b_new
         if PARTIAL or MASK > 0:  # a row may have seen nothing yet
             b_from = tl.where(b_new == float("-inf"), 0.0, b_new)
-        b_p = tl.exp2(b_s - b_from[:, None])
+        b_p = tl.exp2(b_s * factor - b_from[:, None])
         b_shrink = tl.exp2(b_max - b_from)
         b_sum = b_sum * b_shrink + tl.sum(b_p, 1)
         b_v = load_rows(p_v_tile, o_k, s_vt, real, E, BLOCK_E, PARTIAL)  # [BLOCK_K, BLOCK_E]
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_shrink[:, None], input_precision=PRECISION)
         b_max = b_new
+    return b_acc, b_max, b_sum
+
+
+@triton.jit
+def _pass(
+    b_acc, b_max, b_sum, b_query, i_pass, i_batch, i_head, i_group, i_tile, p_k, p_v,
+    p_matrix, p_bias, p_mask, p_modality, p_position, p_segment,
+    p_lists, p_counts, p_rules, p_members, p_modalities,
+    begin, end, first, rows, o_q, tiles, width, modalities, key_heads, window, scale,
+    s_kt, s_vt, s_bn, s_bh, s_ba, s_bb, s_mq, s_mk,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One pass: the query turned, the bias set, the lists walked."""
+    b_q = b_query
+    i_modality = tl.load(p_modalities + i_pass)
+    if p_matrix is not None:
+        i_matrix = ((i_batch * modalities + i_modality) * key_heads + i_group) * D * D
+        b_turn = load_square(p_matrix + i_matrix, True, D, BLOCK_D)
+        b_q = tl.dot(b_query, b_turn, input_precision=PRECISION).to(b_query.dtype)
+    if p_bias is not None:
+        o_row = tl.arange(0, BLOCK_Q)
+        b_modality, _, _ = query_facts(p_modality, p_position, p_segment, begin, end, first, o_row, rows)
+        p_row = p_bias + i_batch * s_bn + i_head * s_bh + tl.maximum(b_modality, 0) * s_ba + i_modality * s_bb
+        b_shift = tl.load(p_row).to(tl.float32) * LOG2E
+        b_shift = tl.where(b_shift < LOWEST, LOWEST, b_shift)
+        b_max -= b_shift
+    i_list = (i_pass * tiles + i_tile).to(tl.int64)
+    p_list = p_lists + i_list * width
+    full, every = tl.load(p_counts + i_list * 2), tl.load(p_counts + i_list * 2 + 1)
+    b_acc, b_max, b_sum = _walk(
+        b_acc, b_max, b_sum, b_q, 0, p_k, p_v, p_list, 0, full, p_modality, p_position, p_segment, p_rules, p_mask,
+        begin, end, first, rows, o_q, window, s_kt, s_vt, s_mq, s_mk, scale,
+        D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, False, MASK, PRECISION,
+    )  # fmt: skip
+    b_acc, b_max, b_sum = _walk(
+        b_acc, b_max, b_sum, b_q, tl.load(p_members + i_pass), p_k, p_v, p_list, full, every,
+        p_modality, p_position, p_segment, p_rules + i_pass * modalities, p_mask,
+        begin, end, first, rows, o_q, window, s_kt, s_vt, s_mq, s_mk, scale,
+        D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, True, MASK, PRECISION,
+    )  # fmt: skip
+    if p_bias is not None:
+        b_max += b_shift
     return b_acc, b_max, b_sum
 
 
@@ -79,6 +132,7 @@ def attention_forward(
     query_heads, group, query_length, key_length, tiles, width, first_passes, passes, modalities, window, scale,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    FIRST_PASSES: tl.constexpr, PASSES: tl.constexpr,
 ):  # fmt: skip
     """Grid: query tiles · query heads, the longest lists first, the heads of a tile side by side."""
     i_tile = tl.load(p_order + tl.program_id(0) // query_heads)
@@ -101,50 +155,38 @@ def attention_forward(
         p_mask += i_batch * s_mb + i_head.to(tl.int64) * s_mh
 
     o_row = tl.arange(0, BLOCK_Q)
-    b_modality, b_position, b_segment = query_facts(
-        p_modality, p_position, p_segment, begin, end, first, o_row, rows
-    )  # fmt: skip
-    b_real = b_modality >= 0
-    b_query = load_rows(p_q, o_row, s_qt, b_real, D, BLOCK_D, True)  # [BLOCK_Q, BLOCK_D]
-    b_q = b_query
-    b_shift = tl.zeros([BLOCK_Q], tl.float32)
+    b_modality, _, _ = query_facts(p_modality, p_position, p_segment, begin, end, first, o_row, rows)
+    b_query = load_rows(p_q, o_row, s_qt, b_modality >= 0, D, BLOCK_D, True)  # [BLOCK_Q, BLOCK_D]
 
     for i_branch in tl.static_range(2 if SPLIT else 1):
         b_acc = tl.zeros([BLOCK_Q, BLOCK_E], tl.float32)
         b_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
         b_sum = tl.zeros([BLOCK_Q], tl.float32)
-        pass_from = first_passes if i_branch == 1 else 0
-        pass_to = first_passes if SPLIT and i_branch == 0 else passes
-        for i_pass in range(pass_from, pass_to):
-            i_modality = tl.load(p_modalities + i_pass)
-            if p_matrix is not None:
-                i_matrix = ((i_batch * modalities + i_modality) * (query_heads // group) + i_group) * D * D
-                b_turn = load_square(p_matrix + i_matrix, True, D, BLOCK_D)
-                b_q = tl.dot(b_query, b_turn, input_precision=PRECISION).to(b_query.dtype)
-            if p_bias is not None:
-                p_row = p_bias + i_batch * s_bn + i_head * s_bh + tl.maximum(b_modality, 0) * s_ba + i_modality * s_bb
-                b_shift = tl.load(p_row).to(tl.float32) * LOG2E
-                b_shift = tl.where(b_shift < LOWEST, LOWEST, b_shift)
-                b_max -= b_shift
-            b_low, b_high, b_own = row_limits(
-                p_rules + i_pass * modalities, b_modality, b_position, b_segment, window
-            )  # fmt: skip
-            members = tl.load(p_members + i_pass)
-            i_list = (i_pass * tiles + i_tile).to(tl.int64)
-            p_list = p_lists + i_list * width
-            full, every = tl.load(p_counts + i_list * 2), tl.load(p_counts + i_list * 2 + 1)
-            b_acc, b_max, b_sum = _walk(
-                b_acc, b_max, b_sum, b_q, b_low, b_high, b_own, o_q + o_row, b_real,
-                p_k, p_v, p_list, 0, full, p_modality, p_position, p_segment, p_mask, begin, end, members,
-                s_kt, s_vt, s_mq, s_mk, scale, D, E, BLOCK_D, BLOCK_E, BLOCK_K, False, MASK, PRECISION,
-            )  # fmt: skip
-            b_acc, b_max, b_sum = _walk(
-                b_acc, b_max, b_sum, b_q, b_low, b_high, b_own, o_q + o_row, b_real,
-                p_k, p_v, p_list, full, every, p_modality, p_position, p_segment, p_mask, begin, end, members,
-                s_kt, s_vt, s_mq, s_mk, scale, D, E, BLOCK_D, BLOCK_E, BLOCK_K, True, MASK, PRECISION,
-            )  # fmt: skip
-            if p_bias is not None:
-                b_max += b_shift
+        # Unrolled where they are few: a loop around the loops would cost registers.
+        if PASSES > 0:
+            for i_pass in tl.static_range(
+                FIRST_PASSES if i_branch == 1 else 0, FIRST_PASSES if SPLIT and i_branch == 0 else PASSES
+            ):  # fmt: skip
+                b_acc, b_max, b_sum = _pass(
+                    b_acc, b_max, b_sum, b_query, i_pass, i_batch, i_head, i_group, i_tile, p_k, p_v,
+                    p_matrix, p_bias, p_mask, p_modality, p_position, p_segment,
+                    p_lists, p_counts, p_rules, p_members, p_modalities,
+                    begin, end, first, rows, o_q, tiles, width, modalities, query_heads // group, window, scale,
+                    s_kt, s_vt, s_bn, s_bh, s_ba, s_bb, s_mq, s_mk,
+                    D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, MASK, PRECISION,
+                )  # fmt: skip
+        else:
+            pass_from = first_passes if i_branch == 1 else 0
+            pass_to = first_passes if SPLIT and i_branch == 0 else passes
+            for i_pass in range(pass_from, pass_to):
+                b_acc, b_max, b_sum = _pass(
+                    b_acc, b_max, b_sum, b_query, i_pass, i_batch, i_head, i_group, i_tile, p_k, p_v,
+                    p_matrix, p_bias, p_mask, p_modality, p_position, p_segment,
+                    p_lists, p_counts, p_rules, p_members, p_modalities,
+                    begin, end, first, rows, o_q, tiles, width, modalities, query_heads // group, window, scale,
+                    s_kt, s_vt, s_bn, s_bh, s_ba, s_bb, s_mq, s_mk,
+                    D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, MASK, PRECISION,
+                )  # fmt: skip
 
         # Close the sum. A row that sees nothing has sum 0: output 0, lse -inf (log P with pseudo scores).
         if p_bias is not None:
@@ -162,7 +204,8 @@ def attention_forward(
         b_z = b_sum * b_keep
         if p_base is not None:
             b_z += tl.exp2(b_extra - b_top)
-        some = b_real & (b_z != 0.0)
+        b_modality, _, _ = query_facts(p_modality, p_position, p_segment, begin, end, first, o_row, rows)
+        some = (b_modality >= 0) & (b_z != 0.0)
         b_lse = tl.where(some, (b_top + tl.log2(b_z)) * LN2, float("-inf"))
         b_out = b_acc * tl.where(some, b_keep / b_z, 0.0)[:, None]
         b_out = tl.where(some[:, None], b_out, 0.0)

@@ -157,3 +157,4 @@ def log_pseudo_mass_slope(decay, b_count):
     finite = b_c * _log_mean_decay_slope(decay * b_c) - _log_mean_decay_slope(decay)
     endless = -_log_mean_decay_slope(decay) - 1.0 / decay
     return tl.where(b_count < 0, endless, finite)
+
