@@ -1,6 +1,6 @@
 """Modular-mask attention as an operator with gradients: the door to the Triton kernels of attention.
 
-`moda_kernels::attention` and `moda_kernels::attention_backward` are opaque to compilers: plain tensors and numbers in,
+`moda_kernels::attention_limits`, `moda_kernels::attention` and `moda_kernels::attention_backward` are opaque to compilers: plain tensors and numbers in,
 tensors out. `ModaAttention` above them is what autograd, `torch.func` and `torch.compile` see.
 """
 
@@ -19,14 +19,35 @@ _CALL = (
     "Tensor? weights, Tensor? attn_mask, Tensor? count"
 )
 _LIBRARY.define(
-    f"attention({_CALL}, Tensor? fault, Tensor[] facts, Tensor[] lists, int[] passes, int[] config, int window, "
+    f"attention({_CALL}, Tensor? fault, Tensor[] facts, Tensor[] lists, int[] passes, int[] config, "
     "float scale) -> (Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define(
     f"attention_backward(Tensor dout, Tensor dlse, Tensor out, Tensor lse, {_CALL}, Tensor[] facts, "
-    "Tensor[] query_lists, Tensor[] key_lists, int[] passes, int[] query_config, int[] key_config, int window, "
+    "Tensor[] query_lists, Tensor[] key_lists, int[] passes, int[] query_config, int[] key_config, "
     "float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
+_LIBRARY.define(
+    "attention_limits(Tensor modality, Tensor position, Tensor segment, Tensor table, Tensor columns, int[] passes, "
+    "int window) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def _limits(
+    modality: Tensor, position: Tensor, segment: Tensor, table: Tensor, columns: Tensor, passes: list[int], window: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    from moda_kernels.triton import attention, limits
+
+    rules, members, _ = attention.pass_tables(passes, modality.device)
+    return limits.limits(modality, position, segment, table, columns, rules, members, passes[2], window)
+
+
+def _limits_fake(
+    modality: Tensor, position: Tensor, segment: Tensor, table: Tensor, columns: Tensor, passes: list[int], window: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    from moda_kernels.triton import limits
+
+    return limits.limits_outputs(modality, columns, passes[2])
 
 
 def _attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,8 +76,10 @@ def _attention_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     return attention.backward_outputs(*arguments)
 
 
+_LIBRARY.impl("attention_limits", _limits, "CompositeExplicitAutograd")
 _LIBRARY.impl("attention", _attention, "CompositeExplicitAutograd")
 _LIBRARY.impl("attention_backward", _attention_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("moda_kernels::attention_limits", _limits_fake, lib=_LIBRARY)
 torch.library.register_fake("moda_kernels::attention", _attention_fake, lib=_LIBRARY)
 torch.library.register_fake("moda_kernels::attention_backward", _attention_backward_fake, lib=_LIBRARY)
 
@@ -72,7 +95,7 @@ class AttentionPlan:
         lists, config: of the forward. query_lists, query_config, key_lists, key_config: of the backward's two kernels;
             empty where there will be none.
         group: int64 ``[tokens]``, sequence · M + modality of each key, where a map is folded into the query; else None.
-        window: of PAST rules; 2^31 - 1 for none. scale: of the scores.
+        scale: of the scores.
     """
 
     facts: tuple[Tensor, ...]
@@ -86,7 +109,6 @@ class AttentionPlan:
     key_lists: tuple[Tensor, ...]
     key_config: tuple[int, ...]
     group: Tensor | None
-    window: int
     scale: float
 
 
@@ -120,7 +142,7 @@ class ModaAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         out, parts, lse = torch.ops.moda_kernels.attention(
             query, key, value, matrix, bias, base, decay, weights, attn_mask, plan.count, plan.fault,
-            list(plan.facts), list(plan.lists), list(plan.passes), list(plan.config), plan.window, plan.scale,
+            list(plan.facts), list(plan.lists), list(plan.passes), list(plan.config), plan.scale,
         )  # fmt: skip
         return out, lse, parts
 
@@ -134,7 +156,7 @@ class ModaAttention(torch.autograd.Function):
         ctx.save_for_backward(
             *tensors, kept, lse, plan.count, plan.group, *plan.facts, *plan.query_lists, *plan.key_lists
         )
-        ctx.numbers = (plan.passes, plan.query_config, plan.key_config, plan.window, plan.scale)
+        ctx.numbers = (plan.passes, plan.query_config, plan.key_config, plan.scale)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, dlse: Tensor, dparts: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -158,17 +180,17 @@ class _Gradient(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         query, key, value, matrix, bias, base, decay, weights, attn_mask, out, lse, count, group = saved[:13]
         facts, query_lists, key_lists = saved[13:19], saved[19:23], saved[23:27]
-        passes, query_config, key_config, window, scale = numbers
+        passes, query_config, key_config, scale = numbers
         dq, dk, dv, bias_sums, sums = torch.ops.moda_kernels.attention_backward(
             dout, dlse, out, lse, query, key, value, matrix, bias, base, decay, weights, attn_mask, count,
             list(facts), list(query_lists), list(key_lists), list(passes), list(query_config), list(key_config),
-            window, scale,
+            scale,
         )  # fmt: skip
         dmatrix = None
         if matrix is not None:
             # dk is that of the fused keys k A so far.
             dk, dmatrix = _through_map(key, matrix, dk, group, needed[3])
-        dbias = None if bias is None or not needed[4] else _bias_gradient(bias, bias_sums, query_lists[0], passes, facts[3])
+        dbias = None if bias is None or not needed[4] else _bias_gradient(bias, bias_sums, query_lists[0], passes, facts[4])
         per_head = sums.sum(0)  # [heads, branches, 3]
         dbase = None if base is None or not needed[5] else per_head[..., 1].sum(1)
         ddecay = None if decay is None or not needed[6] else per_head[..., 2].sum(1)

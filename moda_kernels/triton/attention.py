@@ -3,8 +3,8 @@
 A call is described by plain tensors and numbers (operators take nothing else):
 
     query, key, value   [B, H, L, D] or packed [T, H, D], any strides with a contiguous last axis
-    facts               modality, position, segment of the key tokens; cu_seqlens of keys and of queries; the token in
-                        which each sequence's query 0 stands (all int32)
+    facts               modality of the key tokens; limits, key positions, row modalities (see `limits.py`); cu_seqlens of
+                        keys and of queries (all int32)
     lists               tiles [tiles, 3]; order [tiles], the longest first; lists [passes, tiles, width], columns or rows
                         *within the sequence*, one more column than is listed; counts [passes, tiles, 2]: full, all
     passes              modalities M, passes of the first branch, passes P; then P·M rules, P member bits, P modalities
@@ -43,7 +43,6 @@ def forward(
     lists: Sequence[Tensor],
     passes: Sequence[int],
     config: Sequence[int],
-    window: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, both parts ([2, …], split only, else empty) and lse (in `forward_outputs`' shapes).
@@ -67,7 +66,7 @@ def forward(
         s_pr=parts.stride(0), **_lse_strides("l", lse, q, with_rows=False),
         **_bias_strides(bias), **_mask(attn_mask, q, k), s_cr=_count_rows(q),
         query_heads=heads, group=heads // k.shape[1], query_length=_length(q), key_length=_length(k),
-        window=window, scale=scale * LOG2E,
+        scale=scale * LOG2E,
         **_blocks(q, v, config), SPLIT=weights is not None, PRECISION=precision(q.dtype),
     )  # fmt: skip
     return out, parts, lse
@@ -105,7 +104,6 @@ def backward(
     passes: Sequence[int],
     query_config: Sequence[int],
     key_config: Sequence[int],
-    window: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, of the (fused) keys, of value; of the bias by tile, float32 ``[P, tiles, Hq, M]``; and by tile,
@@ -135,7 +133,7 @@ def backward(
 
     attention_row_sums[(tiles, heads)](
         p_dout=do, p_out=out, p_dlse=dlse, p_lse=lse, p_base=base, p_decay=decay, p_weights=weights, p_count=count,
-        **_facts(facts), p_tiles=query_lists[0], p_delta=delta, p_limit=limit, p_sums=sums,
+        p_row_modality=facts[3], p_tiles=query_lists[0], p_delta=delta, p_limit=limit, p_sums=sums,
         **_strides("d", do), **_strides("o", out[0] if split else out), s_or=out.stride(0) if split else 0,
         **_lse_strides("l", lse, q, with_rows=False), **_lse_strides("g", dlse, q, with_rows=True),
         query_heads=heads, query_length=lengths["query_length"], all_rows=rows,
@@ -146,15 +144,15 @@ def backward(
         "p_matrix": matrix, "p_bias": bias, "p_weights": weights, **_facts(facts),
         **_strides("q", q), **_strides("k", k), **_strides("v", v), **_strides("d", do),
         **_bias_strides(bias), **_mask(attn_mask, q, k),
-        "query_heads": heads, "group": heads // key_heads, **lengths, "all_rows": rows,
-        "window": window, "scale": scale * LOG2E, "SPLIT": split, "PRECISION": precision(q.dtype),
+        "query_heads": heads, "group": heads // key_heads, **lengths,
+        "scale": scale * LOG2E, "SPLIT": split, "PRECISION": precision(q.dtype),
     }  # fmt: skip
     attention_backward_query[(tiles * heads,)](
         p_dq=dq, p_sum=None if matrix is None else new(heads, rows, q.shape[-1]), p_dbias=dbias, **_strides("g", dq),
         **_lists(query_lists, passes, q.device), **_blocks(q, v, query_config), **common,
     )  # fmt: skip
     attention_backward_keys[(key_lists[0].shape[0] * key_heads,)](
-        p_dk=dk, p_dv=dv, **_strides("g", dk), **_strides("e", dv),
+        p_dk=dk, p_dv=dv, p_modality=facts[0], p_cu_q=facts[5], **_strides("g", dk), **_strides("e", dv),
         **_lists(key_lists, passes, q.device), **_blocks(q, v, key_config), **common,
     )  # fmt: skip
     return outputs
@@ -195,11 +193,18 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if tf32 else "ieee"
 
 
+def pass_tables(passes: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Rules ``[P·M]``, member bits ``[P]`` and modalities ``[P]`` of `passes` on a device."""
+    modalities, _, number = passes[:3]
+    table = _on_device(tuple(passes[3:]), device)
+    return table[: number * modalities], table[number * modalities :][:number], table[number * (modalities + 1) :]
+
+
 @functools.lru_cache(maxsize=256)
-def pass_table(passes: tuple[int, ...], device: torch.device) -> Tensor:
-    """The numbers behind the first three of `passes`, on the device: written once per mask, so no call waits."""
+def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Written once per mask, so that no call waits for a copy."""
     with torch.inference_mode(False):
-        return torch.tensor(passes[3:] or (0,), dtype=torch.int32, device=device)
+        return torch.tensor(numbers, dtype=torch.int32, device=device)
 
 
 def _new(like: Tensor, size: int, several: tuple[int, ...] = ()) -> Tensor:
@@ -267,18 +272,21 @@ def _mask(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> dict[str, Any
     return {"p_mask": attn_mask, "MASK": kind, **dict(zip(("s_mb", "s_mh", "s_mq", "s_mk"), strides, strict=True))}
 
 
-def _facts(facts: Sequence[Tensor]) -> dict[str, Tensor]:
-    names = ("p_modality", "p_position", "p_segment", "p_cu_k", "p_cu_q", "p_first")
-    return dict(zip(names, facts, strict=True))
+def _facts(facts: Sequence[Tensor]) -> dict[str, Any]:
+    _, limits, keys, row_modality, cu_seqlens, _ = facts
+    return {
+        "p_limits": limits, "p_keys": keys, "p_row_modality": row_modality, "p_cu_k": cu_seqlens,
+        "all_rows": limits.shape[2], "all_keys": keys.shape[1],
+    }  # fmt: skip
 
 
 def _lists(lists: Sequence[Tensor], passes: Sequence[int], device: torch.device) -> dict[str, Any]:
     tiles, order, entries, counts = lists
     modalities, first_passes, number = passes[:3]
-    table = pass_table(tuple(passes), device)
+    _, _, of_pass = pass_tables(passes, device)
     return {
         "p_tiles": tiles, "p_order": order, "p_lists": entries, "p_counts": counts,
-        "p_rules": table, "p_members": table[number * modalities :], "p_modalities": table[number * (modalities + 1) :],
+        "p_modalities": of_pass,
         "tiles": tiles.shape[0], "width": entries.shape[2], "first_passes": first_passes, "passes": number,
         "modalities": modalities,
         "FIRST_PASSES": first_passes if number <= UNROLLED else 0, "PASSES": number if number <= UNROLLED else 0,

@@ -11,13 +11,11 @@ from moda_kernels.triton.primitives import (
     LN2,
     LOG2E,
     LOWEST,
-    key_facts,
     load_mask,
     load_rows,
     load_square,
     log_pseudo_mass,
     log_pseudo_mass_slope,
-    query_facts,
     row_limits,
     store_rows,
     visible,
@@ -27,7 +25,7 @@ from moda_kernels.triton.primitives import (
 @triton.jit(do_not_specialize=["query_heads", "query_length", "all_rows"])
 def attention_row_sums(
     p_dout, p_out, p_dlse, p_lse, p_base, p_decay, p_weights, p_count,
-    p_modality, p_position, p_segment, p_cu_k, p_cu_q, p_first, p_tiles,
+    p_row_modality, p_tiles,
     p_delta, p_limit, p_sums,
     s_db, s_dh, s_dt, s_ob, s_oh, s_ot, s_or, s_lr, s_lb, s_lh, s_gr, s_gb, s_gh, s_gt,
     query_heads, query_length, all_rows,
@@ -42,14 +40,11 @@ def attention_row_sums(
     i_sequence = tl.load(p_tiles + i_tile * 3)
     row = tl.load(p_tiles + i_tile * 3 + 1)
     rows = tl.load(p_tiles + i_tile * 3 + 2)
-    begin, end = tl.load(p_cu_k + i_sequence), tl.load(p_cu_k + i_sequence + 1)
-    first = tl.load(p_first + i_sequence) + row - tl.load(p_cu_q + i_sequence)
     i_batch = i_sequence.to(tl.int64)
     o_q = row - i_sequence * query_length
     o_row = tl.arange(0, BLOCK_Q)
     inside = o_row < rows
-    b_modality, _, _ = query_facts(p_modality, p_position, p_segment, begin, end, first, o_row, rows)
-    b_real = b_modality >= 0
+    b_real = tl.load(p_row_modality + row + o_row, mask=inside, other=-1) >= 0
     p_dout += i_batch * s_db + i_head.to(tl.int64) * s_dh + o_q.to(tl.int64) * s_dt
     p_out += i_batch * s_ob + i_head.to(tl.int64) * s_oh + o_q.to(tl.int64) * s_ot
     b_do = load_rows(p_dout, o_row, s_dt, b_real, E, BLOCK_E, True).to(tl.float32)  # [BLOCK_Q, BLOCK_E]
@@ -83,9 +78,9 @@ def attention_row_sums(
 
 @triton.jit
 def _walk(
-    b_dq, b_db, b_q, b_do, b_limit, b_delta, weight, members,
-    p_k, p_v, p_list, i_begin, i_end, p_modality, p_position, p_segment, p_rules, p_mask,
-    begin, end, first, rows, o_q, window, s_kt, s_vt, s_mq, s_mk, scale,
+    b_dq, b_db, b_q, b_do, b_limit, b_delta, weight, i_pass,
+    p_k, p_v, p_list, i_begin, i_end, p_limits, p_keys, p_mask,
+    begin, end, row, rows, o_q, all_rows, s_kt, s_vt, s_mq, s_mk, scale,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PARTIAL: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -94,10 +89,7 @@ def _walk(
     if PARTIAL or MASK > 0:
         # Not passed in: through the loop over full tiles they would cost registers.
         o_row = tl.arange(0, BLOCK_Q)
-        b_modality, b_row_position, b_row_segment = query_facts(
-            p_modality, p_position, p_segment, begin, end, first, o_row, rows
-        )  # fmt: skip
-        b_low, b_high, b_own = row_limits(p_rules, b_modality, b_row_position, b_row_segment, window)
+        b_low, b_high = row_limits(p_limits, i_pass, all_rows, row + o_row, o_row < rows)
     ahead = tl.load(p_list + i_begin)
     for i in range(i_begin, i_end):
         column = ahead
@@ -105,7 +97,8 @@ def _walk(
         p_k_tile, p_v_tile = p_k + column.to(tl.int64) * s_kt, p_v + column.to(tl.int64) * s_vt
         if PARTIAL:
             token = begin + column + o_k
-            real, b_position, b_segment = key_facts(p_modality, p_position, p_segment, token, token < end, members)
+            b_position = tl.load(p_keys + token, mask=token < end, other=-1)
+            real = b_position >= 0
         else:
             real = o_k >= 0
         b_k = load_rows(p_k_tile, o_k, s_kt, real, D, BLOCK_D, PARTIAL)  # [BLOCK_K, BLOCK_D]
@@ -115,7 +108,7 @@ def _walk(
             inside = (o_row < rows)[:, None] & real[None, :]
             b_s += load_mask(p_mask, o_q + o_row[:, None], column + o_k[None, :], s_mq, s_mk, inside, MASK == 1)
         if PARTIAL:
-            seen = visible(b_low[:, None], b_high[:, None], b_own[:, None], b_position[None, :], b_segment[None, :])
+            seen = visible(b_low[:, None], b_high[:, None], b_position[None, :])
             b_s = tl.where(seen, b_s, float("-inf"))
         b_p = tl.exp2(b_s)
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
@@ -131,9 +124,8 @@ def _walk(
 @triton.jit
 def _pass(
     b_dq, b_query, b_do, b_limit, b_delta, weight, i_pass, i_batch, i_head, i_group, i_tile, p_k, p_v,
-    p_sum_tile, p_dbias, p_matrix, p_bias, p_mask, p_modality, p_position, p_segment,
-    p_lists, p_counts, p_rules, p_members, p_modalities,
-    begin, end, first, rows, o_q, tiles, width, modalities, query_heads, group, window, scale,
+    p_sum_tile, p_dbias, p_matrix, p_bias, p_mask, p_limits, p_keys, p_row_modality, p_lists, p_counts, p_modalities,
+    begin, end, row, rows, o_q, all_rows, all_keys, tiles, width, modalities, query_heads, group, scale,
     s_kt, s_vt, s_bn, s_bh, s_ba, s_bb, s_mq, s_mk,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
@@ -149,28 +141,27 @@ def _pass(
         b_dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     if p_bias is not None:
         o_row = tl.arange(0, BLOCK_Q)
-        b_modality, _, _ = query_facts(p_modality, p_position, p_segment, begin, end, first, o_row, rows)
+        b_modality = tl.load(p_row_modality + row + o_row, mask=o_row < rows, other=-1)
         p_row = p_bias + i_batch * s_bn + i_head * s_bh + tl.maximum(b_modality, 0) * s_ba + i_modality * s_bb
         b_shift = tl.load(p_row).to(tl.float32) * LOG2E
         b_limit -= tl.where(b_shift < LOWEST, LOWEST, b_shift)
     i_list = (i_pass * tiles + i_tile).to(tl.int64)
     p_list = p_lists + i_list * width
     full, every = tl.load(p_counts + i_list * 2), tl.load(p_counts + i_list * 2 + 1)
+    p_keys += i_pass * all_keys
     b_dq, b_db = _walk(
-        b_dq, b_db, b_q, b_do, b_limit, b_delta, weight, 0,
-        p_k, p_v, p_list, 0, full, p_modality, p_position, p_segment, p_rules, p_mask,
-        begin, end, first, rows, o_q, window, s_kt, s_vt, s_mq, s_mk, scale,
+        b_dq, b_db, b_q, b_do, b_limit, b_delta, weight, i_pass, p_k, p_v, p_list, 0, full, p_limits, p_keys, p_mask,
+        begin, end, row, rows, o_q, all_rows, s_kt, s_vt, s_mq, s_mk, scale,
         D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, False, MASK, p_bias is not None, SPLIT, PRECISION,
     )  # fmt: skip
     b_dq, b_db = _walk(
-        b_dq, b_db, b_q, b_do, b_limit, b_delta, weight, tl.load(p_members + i_pass),
-        p_k, p_v, p_list, full, every, p_modality, p_position, p_segment, p_rules + i_pass * modalities, p_mask,
-        begin, end, first, rows, o_q, window, s_kt, s_vt, s_mq, s_mk, scale,
+        b_dq, b_db, b_q, b_do, b_limit, b_delta, weight, i_pass, p_k, p_v, p_list, full, every, p_limits, p_keys, p_mask,
+        begin, end, row, rows, o_q, all_rows, s_kt, s_vt, s_mq, s_mk, scale,
         D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, True, MASK, p_bias is not None, SPLIT, PRECISION,
     )  # fmt: skip
     if p_bias is not None:
         o_row = tl.arange(0, BLOCK_Q)
-        b_modality, _, _ = query_facts(p_modality, p_position, p_segment, begin, end, first, o_row, rows)
+        b_modality = tl.load(p_row_modality + row + o_row, mask=o_row < rows, other=-1)
         p_dbias_row = p_dbias + ((i_pass * tiles + i_tile) * query_heads + i_head) * modalities
         for i_row_modality in range(0, modalities):
             tl.store(p_dbias_row + i_row_modality, tl.sum(tl.where(b_modality == i_row_modality, b_db, 0.0), 0))
@@ -186,16 +177,15 @@ def _pass(
 
 
 @triton.jit(do_not_specialize=["query_heads", "query_length", "key_length", "tiles", "width", "first_passes", "passes",
-                               "all_rows"])  # fmt: skip
+                               "all_rows", "all_keys"])  # fmt: skip
 def attention_backward_query(
     p_q, p_k, p_v, p_dout, p_dq, p_sum, p_dbias, p_delta, p_limit,
     p_matrix, p_bias, p_weights, p_mask,
-    p_modality, p_position, p_segment, p_cu_k, p_cu_q, p_first,
-    p_tiles, p_order, p_lists, p_counts, p_rules, p_members, p_modalities,
+    p_limits, p_keys, p_row_modality, p_cu_k, p_tiles, p_order, p_lists, p_counts, p_modalities,
     s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_db, s_dh, s_dt, s_gb, s_gh, s_gt,
     s_bn, s_bh, s_ba, s_bb, s_mb, s_mh, s_mq, s_mk,
-    query_heads, group, query_length, key_length, tiles, width, first_passes, passes, modalities, all_rows, window,
-    scale,
+    query_heads, group, query_length, key_length, tiles, width, first_passes, passes, modalities, all_rows,
+    all_keys, scale,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
     FIRST_PASSES: tl.constexpr, PASSES: tl.constexpr,
@@ -215,7 +205,6 @@ def attention_backward_query(
     if rows == 0:
         return
     begin, end = tl.load(p_cu_k + i_sequence), tl.load(p_cu_k + i_sequence + 1)
-    first = tl.load(p_first + i_sequence) + row - tl.load(p_cu_q + i_sequence)
     i_batch = i_sequence.to(tl.int64)
     o_q, o_k = row - i_sequence * query_length, begin - i_sequence * key_length
     p_q += i_batch * s_qb + i_head.to(tl.int64) * s_qh + o_q.to(tl.int64) * s_qt
@@ -226,8 +215,7 @@ def attention_backward_query(
         p_mask += i_batch * s_mb + i_head.to(tl.int64) * s_mh
 
     o_row = tl.arange(0, BLOCK_Q)
-    b_modality, _, _ = query_facts(p_modality, p_position, p_segment, begin, end, first, o_row, rows)
-    b_real = b_modality >= 0
+    b_real = tl.load(p_row_modality + row + o_row, mask=o_row < rows, other=-1) >= 0
     b_query = load_rows(p_q, o_row, s_qt, b_real, D, BLOCK_D, True)  # [BLOCK_Q, BLOCK_D]
     b_do = load_rows(p_dout, o_row, s_dt, b_real, E, BLOCK_E, True)  # [BLOCK_Q, BLOCK_E]
     b_dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
@@ -248,9 +236,9 @@ def attention_backward_query(
             ):  # fmt: skip
                 b_dq = _pass(
                     b_dq, b_query, b_do, b_limit, b_delta, weight, i_pass, i_batch, i_head, i_group, i_tile, p_k, p_v,
-                    p_sum_tile, p_dbias, p_matrix, p_bias, p_mask, p_modality, p_position, p_segment,
-                    p_lists, p_counts, p_rules, p_members, p_modalities,
-                    begin, end, first, rows, o_q, tiles, width, modalities, query_heads, group, window, scale,
+                    p_sum_tile, p_dbias, p_matrix, p_bias, p_mask, p_limits, p_keys, p_row_modality, p_lists, p_counts,
+                    p_modalities, begin, end, row, rows, o_q, all_rows, all_keys, tiles, width, modalities, query_heads,
+                    group, scale,
                     s_kt, s_vt, s_bn, s_bh, s_ba, s_bb, s_mq, s_mk,
                     D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, SPLIT, MASK, PRECISION,
                 )  # fmt: skip
@@ -260,9 +248,9 @@ def attention_backward_query(
             for i_pass in range(pass_from, pass_to):
                 b_dq = _pass(
                     b_dq, b_query, b_do, b_limit, b_delta, weight, i_pass, i_batch, i_head, i_group, i_tile, p_k, p_v,
-                    p_sum_tile, p_dbias, p_matrix, p_bias, p_mask, p_modality, p_position, p_segment,
-                    p_lists, p_counts, p_rules, p_members, p_modalities,
-                    begin, end, first, rows, o_q, tiles, width, modalities, query_heads, group, window, scale,
+                    p_sum_tile, p_dbias, p_matrix, p_bias, p_mask, p_limits, p_keys, p_row_modality, p_lists, p_counts,
+                    p_modalities, begin, end, row, rows, o_q, all_rows, all_keys, tiles, width, modalities, query_heads,
+                    group, scale,
                     s_kt, s_vt, s_bn, s_bh, s_ba, s_bb, s_mq, s_mk,
                     D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, SPLIT, MASK, PRECISION,
                 )  # fmt: skip

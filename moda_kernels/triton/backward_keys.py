@@ -11,11 +11,9 @@ from moda_kernels.triton.primitives import (
     LN2,
     LOG2E,
     LOWEST,
-    key_facts,
     load_mask,
     load_rows,
     load_square,
-    query_facts,
     row_limits,
     store_rows,
     visible,
@@ -24,10 +22,10 @@ from moda_kernels.triton.primitives import (
 
 @triton.jit
 def _walk(
-    b_dk, b_dv, b_k, b_v, members, token, count,
-    p_q, p_dout, p_limit, p_delta, p_bias, p_rules, p_weights, p_list, i_begin, i_end,
-    p_modality, p_position, p_segment, p_mask, begin, end, first, o_flat, rows, i_branch, i_key_head,
-    s_qh, s_qt, s_dh, s_dt, s_bh, s_ba, s_mh, s_mq, s_mk, query_heads, group, all_rows, window, scale,
+    b_dk, b_dv, b_k, b_v, i_pass, token, count,
+    p_q, p_dout, p_limit, p_delta, p_bias, p_weights, p_list, i_begin, i_end,
+    p_limits, p_keys, p_row_modality, p_mask, o_column, o_flat, rows, i_branch, i_key_head,
+    s_qh, s_qt, s_dh, s_dt, s_bh, s_ba, s_mh, s_mq, s_mk, query_heads, group, all_rows, scale,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PARTIAL: tl.constexpr, MASK: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -36,10 +34,7 @@ def _walk(
     if PARTIAL or MASK > 0:
         # Not passed in: through the loop over full tiles they would cost registers.
         o_key = tl.arange(0, BLOCK_K)
-        real, b_position, b_segment = key_facts(
-            p_modality, p_position, p_segment, token + o_key, o_key < count, members
-        )  # fmt: skip
-        o_column = token - begin + o_key
+        b_position = tl.load(p_keys + token + o_key, mask=o_key < count, other=-1)
     ahead = tl.load(p_list + i_begin)
     for i in range(i_begin * group, i_end * group):
         row = ahead  # of the sequence's queries
@@ -49,19 +44,16 @@ def _walk(
         p_q_tile = p_q + i_head.to(tl.int64) * s_qh + row.to(tl.int64) * s_qt
         p_do_tile = p_dout + i_head.to(tl.int64) * s_dh + row.to(tl.int64) * s_dt
         o_head = (i_branch * query_heads + i_head).to(tl.int64) * all_rows + o_flat + row
+        b_real = o_q >= 0
         if PARTIAL:
-            b_modality, b_row_position, b_row_segment = query_facts(
-                p_modality, p_position, p_segment, begin, end, first, o_row, rows
-            )  # fmt: skip
+            b_real = o_row < rows
+        if PARTIAL or p_bias is not None:
+            b_modality = tl.load(p_row_modality + o_flat + o_row, mask=b_real, other=-1)
             b_real = b_modality >= 0
+        if PARTIAL:
             b_limit = tl.load(p_limit + o_head + o_q, mask=b_real, other=float("inf"))
-            b_delta = tl.load(p_delta + o_head + o_q, mask=b_real, other=0.0)
         else:
-            b_real = o_q >= 0
             b_limit = tl.load(p_limit + o_head + o_q)
-            b_delta = tl.load(p_delta + o_head + o_q)
-            if p_bias is not None:
-                b_modality = tl.load(p_modality + first + o_row)
         if p_bias is not None:
             b_shift = tl.load(p_bias + i_head * s_bh + tl.maximum(b_modality, 0) * s_ba).to(tl.float32) * LOG2E
             b_limit -= tl.where(b_shift < LOWEST, LOWEST, b_shift)
@@ -69,12 +61,12 @@ def _walk(
         b_do = load_rows(p_do_tile, o_q, s_dt, b_real, E, BLOCK_E, PARTIAL)  # [BLOCK_Q, BLOCK_E]
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale - b_limit[None, :]  # [BLOCK_K, BLOCK_Q]
         if MASK > 0:
-            inside = real[:, None] & b_real[None, :]
+            inside = (o_key < count)[:, None] & b_real[None, :]
             p_mask_head = p_mask + i_head.to(tl.int64) * s_mh
-            b_s += load_mask(p_mask_head, o_row[None, :], o_column[:, None], s_mq, s_mk, inside, MASK == 1)
+            b_s += load_mask(p_mask_head, o_row[None, :], (o_column + o_key)[:, None], s_mq, s_mk, inside, MASK == 1)
         if PARTIAL:
-            b_low, b_high, b_own = row_limits(p_rules, b_modality, b_row_position, b_row_segment, window)
-            seen = visible(b_low[None, :], b_high[None, :], b_own[None, :], b_position[:, None], b_segment[:, None])
+            b_low, b_high = row_limits(p_limits, i_pass, all_rows, o_flat + o_row, b_real)
+            seen = visible(b_low[None, :], b_high[None, :], b_position[:, None])
             b_s = tl.where(seen, b_s, float("-inf"))
         b_p = tl.exp2(b_s)
         if SPLIT:
@@ -84,6 +76,11 @@ def _walk(
         else:
             b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
             b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
+        # Loaded no earlier: a column each would cost registers.
+        if PARTIAL:
+            b_delta = tl.load(p_delta + o_head + o_q, mask=b_real, other=0.0)
+        else:
+            b_delta = tl.load(p_delta + o_head + o_q)
         b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q.dtype)
         b_dk = tl.dot(b_ds, b_q, b_dk, input_precision=PRECISION)
     return b_dk, b_dv
@@ -93,9 +90,9 @@ def _walk(
 def _pass(
     b_dk, b_dv, b_key, b_v, i_pass, i_branch, i_batch, i_key_head, i_tile, token, count,
     p_q, p_dout, p_limit, p_delta, p_matrix, p_bias, p_weights, p_mask,
-    p_modality, p_position, p_segment, p_lists, p_counts, p_rules, p_members, p_modalities,
-    begin, end, first, o_flat, rows, s_qh, s_qt, s_dh, s_dt, s_bh, s_ba, s_bb, s_mh, s_mq, s_mk,
-    query_heads, group, tiles, width, modalities, all_rows, window, scale,
+    p_limits, p_keys, p_row_modality, p_lists, p_counts, p_modalities,
+    o_column, o_flat, rows, s_qh, s_qt, s_dh, s_dt, s_bh, s_ba, s_bb, s_mh, s_mq, s_mk,
+    query_heads, group, tiles, width, modalities, all_rows, all_keys, scale,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, MASK: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -112,34 +109,32 @@ def _pass(
     p_bias_pass = p_bias
     if p_bias is not None:
         p_bias_pass = p_bias + i_modality * s_bb
+    p_keys += i_pass * all_keys
     b_dk, b_dv = _walk(
-        b_dk, b_dv, b_k, b_v, 0, token, count,
-        p_q, p_dout, p_limit, p_delta, p_bias_pass, p_rules, p_weights, p_list, 0, full,
-        p_modality, p_position, p_segment, p_mask, begin, end, first, o_flat, rows, i_branch, i_key_head,
-        s_qh, s_qt, s_dh, s_dt, s_bh, s_ba, s_mh, s_mq, s_mk, query_heads, group, all_rows, window, scale,
+        b_dk, b_dv, b_k, b_v, i_pass, token, count, p_q, p_dout, p_limit, p_delta, p_bias_pass, p_weights, p_list, 0, full,
+        p_limits, p_keys, p_row_modality, p_mask, o_column, o_flat, rows, i_branch, i_key_head,
+        s_qh, s_qt, s_dh, s_dt, s_bh, s_ba, s_mh, s_mq, s_mk, query_heads, group, all_rows, scale,
         D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, False, MASK, SPLIT, PRECISION,
     )  # fmt: skip
     b_dk, b_dv = _walk(
-        b_dk, b_dv, b_k, b_v, tl.load(p_members + i_pass), token, count,
-        p_q, p_dout, p_limit, p_delta, p_bias_pass, p_rules + i_pass * modalities, p_weights, p_list, full, every,
-        p_modality, p_position, p_segment, p_mask, begin, end, first, o_flat, rows, i_branch, i_key_head,
-        s_qh, s_qt, s_dh, s_dt, s_bh, s_ba, s_mh, s_mq, s_mk, query_heads, group, all_rows, window, scale,
+        b_dk, b_dv, b_k, b_v, i_pass, token, count, p_q, p_dout, p_limit, p_delta, p_bias_pass, p_weights, p_list, full, every,
+        p_limits, p_keys, p_row_modality, p_mask, o_column, o_flat, rows, i_branch, i_key_head,
+        s_qh, s_qt, s_dh, s_dt, s_bh, s_ba, s_mh, s_mq, s_mk, query_heads, group, all_rows, scale,
         D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, True, MASK, SPLIT, PRECISION,
     )  # fmt: skip
     return b_dk, b_dv
 
 
 @triton.jit(do_not_specialize=["query_heads", "query_length", "key_length", "tiles", "width", "first_passes", "passes",
-                               "all_rows"])  # fmt: skip
+                               "all_rows", "all_keys"])  # fmt: skip
 def attention_backward_keys(
     p_q, p_k, p_v, p_dout, p_dk, p_dv, p_delta, p_limit,
     p_matrix, p_bias, p_weights, p_mask,
-    p_modality, p_position, p_segment, p_cu_k, p_cu_q, p_first,
-    p_tiles, p_order, p_lists, p_counts, p_rules, p_members, p_modalities,
+    p_modality, p_limits, p_keys, p_row_modality, p_cu_k, p_cu_q, p_tiles, p_order, p_lists, p_counts, p_modalities,
     s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_db, s_dh, s_dt, s_gb, s_gh, s_gt, s_eb, s_eh, s_et,
     s_bn, s_bh, s_ba, s_bb, s_mb, s_mh, s_mq, s_mk,
-    query_heads, group, query_length, key_length, tiles, width, first_passes, passes, modalities, all_rows, window,
-    scale,
+    query_heads, group, query_length, key_length, tiles, width, first_passes, passes, modalities, all_rows,
+    all_keys, scale,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
     FIRST_PASSES: tl.constexpr, PASSES: tl.constexpr,
@@ -156,10 +151,9 @@ def attention_backward_keys(
     count = tl.load(p_tiles + i_tile * 3 + 2)
     if count == 0:
         return
-    begin, end = tl.load(p_cu_k + i_sequence), tl.load(p_cu_k + i_sequence + 1)
+    begin = tl.load(p_cu_k + i_sequence)
     o_flat = tl.load(p_cu_q + i_sequence)
     rows = tl.load(p_cu_q + i_sequence + 1) - o_flat
-    first = tl.load(p_first + i_sequence)
     i_batch = i_sequence.to(tl.int64)
     o_q, o_k = o_flat - i_sequence * query_length, token - i_sequence * key_length
     p_q += i_batch * s_qb + o_q.to(tl.int64) * s_qt
@@ -187,9 +181,9 @@ def attention_backward_keys(
                 b_dk, b_dv = _pass(
                     b_dk, b_dv, b_key, b_v, i_pass, i_branch, i_batch, i_key_head, i_tile, token, count,
                     p_q, p_dout, p_limit, p_delta, p_matrix, p_bias, p_weights, p_mask,
-                    p_modality, p_position, p_segment, p_lists, p_counts, p_rules, p_members, p_modalities,
-                    begin, end, first, o_flat, rows, s_qh, s_qt, s_dh, s_dt, s_bh, s_ba, s_bb, s_mh, s_mq, s_mk,
-                    query_heads, group, tiles, width, modalities, all_rows, window, scale,
+                    p_limits, p_keys, p_row_modality, p_lists, p_counts, p_modalities,
+                    token - begin, o_flat, rows, s_qh, s_qt, s_dh, s_dt, s_bh, s_ba, s_bb, s_mh, s_mq, s_mk,
+                    query_heads, group, tiles, width, modalities, all_rows, all_keys, scale,
                     D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, MASK, SPLIT, PRECISION,
                 )  # fmt: skip
         else:
@@ -199,9 +193,9 @@ def attention_backward_keys(
                 b_dk, b_dv = _pass(
                     b_dk, b_dv, b_key, b_v, i_pass, i_branch, i_batch, i_key_head, i_tile, token, count,
                     p_q, p_dout, p_limit, p_delta, p_matrix, p_bias, p_weights, p_mask,
-                    p_modality, p_position, p_segment, p_lists, p_counts, p_rules, p_members, p_modalities,
-                    begin, end, first, o_flat, rows, s_qh, s_qt, s_dh, s_dt, s_bh, s_ba, s_bb, s_mh, s_mq, s_mk,
-                    query_heads, group, tiles, width, modalities, all_rows, window, scale,
+                    p_limits, p_keys, p_row_modality, p_lists, p_counts, p_modalities,
+                    token - begin, o_flat, rows, s_qh, s_qt, s_dh, s_dt, s_bh, s_ba, s_bb, s_mh, s_mq, s_mk,
+                    query_heads, group, tiles, width, modalities, all_rows, all_keys, scale,
                     D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, MASK, SPLIT, PRECISION,
                 )  # fmt: skip
 

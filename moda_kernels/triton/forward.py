@@ -14,12 +14,10 @@ from moda_kernels.triton.primitives import (
     LN2,
     LOG2E,
     LOWEST,
-    key_facts,
     load_mask,
     load_rows,
     load_square,
     log_pseudo_mass,
-    query_facts,
     row_limits,
     store_rows,
     visible,
@@ -28,9 +26,9 @@ from moda_kernels.triton.primitives import (
 
 @triton.jit
 def _walk(
-    b_acc, b_max, b_sum, b_q, members,
-    p_k, p_v, p_list, i_begin, i_end, p_modality, p_position, p_segment, p_rules, p_mask,
-    begin, end, first, rows, o_q, window, s_kt, s_vt, s_mq, s_mk, scale,
+    b_acc, b_max, b_sum, b_q, i_pass,
+    p_k, p_v, p_list, i_begin, i_end, p_limits, p_keys, p_mask,
+    begin, end, row, rows, o_q, all_rows, s_kt, s_vt, s_mq, s_mk, scale,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PARTIAL: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -39,10 +37,7 @@ def _walk(
     if PARTIAL or MASK > 0:
         # Not passed in: through the loop over full tiles they would cost registers.
         o_row = tl.arange(0, BLOCK_Q)
-        b_modality, b_row_position, b_row_segment = query_facts(
-            p_modality, p_position, p_segment, begin, end, first, o_row, rows
-        )  # fmt: skip
-        b_low, b_high, b_own = row_limits(p_rules, b_modality, b_row_position, b_row_segment, window)
+        b_low, b_high = row_limits(p_limits, i_pass, all_rows, row + o_row, o_row < rows)
     # The next entry is loaded a step ahead: an address that has to be waited for would cost a pipeline stage.
     ahead = tl.load(p_list + i_begin)
     for i in range(i_begin, i_end):
@@ -51,7 +46,8 @@ def _walk(
         p_k_tile, p_v_tile = p_k + column.to(tl.int64) * s_kt, p_v + column.to(tl.int64) * s_vt
         if PARTIAL:
             token = begin + column + o_k
-            real, b_position, b_segment = key_facts(p_modality, p_position, p_segment, token, token < end, members)
+            b_position = tl.load(p_keys + token, mask=token < end, other=-1)
+            real = b_position >= 0
         else:
             real = o_k >= 0
         b_k = load_rows(p_k_tile, o_k, s_kt, real, D, BLOCK_D, PARTIAL)  # [BLOCK_K, BLOCK_D]
@@ -63,7 +59,7 @@ def _walk(
             inside = (o_row < rows)[:, None] & real[None, :]
             b_s += load_mask(p_mask, o_q + o_row[:, None], column + o_k[None, :], s_mq, s_mk, inside, MASK == 1)
         if PARTIAL:
-            seen = visible(b_low[:, None], b_high[:, None], b_own[:, None], b_position[None, :], b_segment[None, :])
+            seen = visible(b_low[:, None], b_high[:, None], b_position[None, :])
             b_s = tl.where(seen, b_s, float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_s, 1) * factor)
         b_from = b_new
@@ -81,9 +77,8 @@ def _walk(
 @triton.jit
 def _pass(
     b_acc, b_max, b_sum, b_query, i_pass, i_batch, i_head, i_group, i_tile, p_k, p_v,
-    p_matrix, p_bias, p_mask, p_modality, p_position, p_segment,
-    p_lists, p_counts, p_rules, p_members, p_modalities,
-    begin, end, first, rows, o_q, tiles, width, modalities, key_heads, window, scale,
+    p_matrix, p_bias, p_mask, p_limits, p_keys, p_row_modality, p_lists, p_counts, p_modalities,
+    begin, end, row, rows, o_q, all_rows, all_keys, tiles, width, modalities, key_heads, scale,
     s_kt, s_vt, s_bn, s_bh, s_ba, s_bb, s_mq, s_mk,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
@@ -97,7 +92,7 @@ def _pass(
         b_q = tl.dot(b_query, b_turn, input_precision=PRECISION).to(b_query.dtype)
     if p_bias is not None:
         o_row = tl.arange(0, BLOCK_Q)
-        b_modality, _, _ = query_facts(p_modality, p_position, p_segment, begin, end, first, o_row, rows)
+        b_modality = tl.load(p_row_modality + row + o_row, mask=o_row < rows, other=-1)
         p_row = p_bias + i_batch * s_bn + i_head * s_bh + tl.maximum(b_modality, 0) * s_ba + i_modality * s_bb
         b_shift = tl.load(p_row).to(tl.float32) * LOG2E
         b_shift = tl.where(b_shift < LOWEST, LOWEST, b_shift)
@@ -105,15 +100,15 @@ def _pass(
     i_list = (i_pass * tiles + i_tile).to(tl.int64)
     p_list = p_lists + i_list * width
     full, every = tl.load(p_counts + i_list * 2), tl.load(p_counts + i_list * 2 + 1)
+    p_keys += i_pass * all_keys
     b_acc, b_max, b_sum = _walk(
-        b_acc, b_max, b_sum, b_q, 0, p_k, p_v, p_list, 0, full, p_modality, p_position, p_segment, p_rules, p_mask,
-        begin, end, first, rows, o_q, window, s_kt, s_vt, s_mq, s_mk, scale,
+        b_acc, b_max, b_sum, b_q, i_pass, p_k, p_v, p_list, 0, full, p_limits, p_keys, p_mask,
+        begin, end, row, rows, o_q, all_rows, s_kt, s_vt, s_mq, s_mk, scale,
         D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, False, MASK, PRECISION,
     )  # fmt: skip
     b_acc, b_max, b_sum = _walk(
-        b_acc, b_max, b_sum, b_q, tl.load(p_members + i_pass), p_k, p_v, p_list, full, every,
-        p_modality, p_position, p_segment, p_rules + i_pass * modalities, p_mask,
-        begin, end, first, rows, o_q, window, s_kt, s_vt, s_mq, s_mk, scale,
+        b_acc, b_max, b_sum, b_q, i_pass, p_k, p_v, p_list, full, every, p_limits, p_keys, p_mask,
+        begin, end, row, rows, o_q, all_rows, s_kt, s_vt, s_mq, s_mk, scale,
         D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, True, MASK, PRECISION,
     )  # fmt: skip
     if p_bias is not None:
@@ -121,15 +116,16 @@ def _pass(
     return b_acc, b_max, b_sum
 
 
-@triton.jit(do_not_specialize=["query_heads", "query_length", "key_length", "tiles", "width", "first_passes", "passes"])
+@triton.jit(do_not_specialize=["query_heads", "query_length", "key_length", "tiles", "width", "first_passes", "passes",
+                               "all_rows", "all_keys"])  # fmt: skip
 def attention_forward(
     p_q, p_k, p_v, p_out, p_parts, p_lse,
     p_matrix, p_bias, p_base, p_decay, p_weights, p_mask, p_count, p_fault,
-    p_modality, p_position, p_segment, p_cu_k, p_cu_q, p_first,
-    p_tiles, p_order, p_lists, p_counts, p_rules, p_members, p_modalities,
+    p_limits, p_keys, p_row_modality, p_cu_k, p_tiles, p_order, p_lists, p_counts, p_modalities,
     s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_ob, s_oh, s_ot, s_pr, s_lr, s_lb, s_lh,
     s_bn, s_bh, s_ba, s_bb, s_mb, s_mh, s_mq, s_mk, s_cr,
-    query_heads, group, query_length, key_length, tiles, width, first_passes, passes, modalities, window, scale,
+    query_heads, group, query_length, key_length, tiles, width, first_passes, passes, modalities,
+    all_rows, all_keys, scale,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
     FIRST_PASSES: tl.constexpr, PASSES: tl.constexpr,
@@ -144,7 +140,6 @@ def attention_forward(
     if rows == 0:
         return
     begin, end = tl.load(p_cu_k + i_sequence), tl.load(p_cu_k + i_sequence + 1)
-    first = tl.load(p_first + i_sequence) + row - tl.load(p_cu_q + i_sequence)
     # Rows and columns within the batch's matrix (packed: lengths are given as 0, and there is one).
     i_batch = i_sequence.to(tl.int64)
     o_q, o_k = row - i_sequence * query_length, begin - i_sequence * key_length
@@ -155,7 +150,7 @@ def attention_forward(
         p_mask += i_batch * s_mb + i_head.to(tl.int64) * s_mh
 
     o_row = tl.arange(0, BLOCK_Q)
-    b_modality, _, _ = query_facts(p_modality, p_position, p_segment, begin, end, first, o_row, rows)
+    b_modality = tl.load(p_row_modality + row + o_row, mask=o_row < rows, other=-1)
     b_query = load_rows(p_q, o_row, s_qt, b_modality >= 0, D, BLOCK_D, True)  # [BLOCK_Q, BLOCK_D]
 
     for i_branch in tl.static_range(2 if SPLIT else 1):
@@ -169,9 +164,9 @@ def attention_forward(
             ):  # fmt: skip
                 b_acc, b_max, b_sum = _pass(
                     b_acc, b_max, b_sum, b_query, i_pass, i_batch, i_head, i_group, i_tile, p_k, p_v,
-                    p_matrix, p_bias, p_mask, p_modality, p_position, p_segment,
-                    p_lists, p_counts, p_rules, p_members, p_modalities,
-                    begin, end, first, rows, o_q, tiles, width, modalities, query_heads // group, window, scale,
+                    p_matrix, p_bias, p_mask, p_limits, p_keys, p_row_modality, p_lists, p_counts, p_modalities,
+                    begin, end, row, rows, o_q, all_rows, all_keys, tiles, width, modalities, query_heads // group,
+                    scale,
                     s_kt, s_vt, s_bn, s_bh, s_ba, s_bb, s_mq, s_mk,
                     D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, MASK, PRECISION,
                 )  # fmt: skip
@@ -181,9 +176,9 @@ def attention_forward(
             for i_pass in range(pass_from, pass_to):
                 b_acc, b_max, b_sum = _pass(
                     b_acc, b_max, b_sum, b_query, i_pass, i_batch, i_head, i_group, i_tile, p_k, p_v,
-                    p_matrix, p_bias, p_mask, p_modality, p_position, p_segment,
-                    p_lists, p_counts, p_rules, p_members, p_modalities,
-                    begin, end, first, rows, o_q, tiles, width, modalities, query_heads // group, window, scale,
+                    p_matrix, p_bias, p_mask, p_limits, p_keys, p_row_modality, p_lists, p_counts, p_modalities,
+                    begin, end, row, rows, o_q, all_rows, all_keys, tiles, width, modalities, query_heads // group,
+                    scale,
                     s_kt, s_vt, s_bn, s_bh, s_ba, s_bb, s_mq, s_mk,
                     D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, MASK, PRECISION,
                 )  # fmt: skip
@@ -204,7 +199,7 @@ def attention_forward(
         b_z = b_sum * b_keep
         if p_base is not None:
             b_z += tl.exp2(b_extra - b_top)
-        b_modality, _, _ = query_facts(p_modality, p_position, p_segment, begin, end, first, o_row, rows)
+        b_modality = tl.load(p_row_modality + row + o_row, mask=o_row < rows, other=-1)
         some = (b_modality >= 0) & (b_z != 0.0)
         b_lse = tl.where(some, (b_top + tl.log2(b_z)) * LN2, float("-inf"))
         b_out = b_acc * tl.where(some, b_keep / b_z, 0.0)[:, None]

@@ -2,22 +2,14 @@
 
 Conventions of all kernels: `b_` values of a tile, `p_` pointers, `o_` offsets, `i_` indices, `s_` strides; a comment gives
 each tile's shape. Scores are kept in log2 (`exp2` is the instruction a GPU has). A *pass* visits the keys of some
-modalities that all queries see by one rule per query modality, so visibility is two comparisons of positions and one of
-segments, with limits that belong to the row.
+modalities that each query modality sees by one rule; what a row sees in it is then one interval of positions (`limits.py`).
 """
 
 import triton
 import triton.language as tl
 
-#: Visibility's flags, as the kernels read them.
-PAST = tl.constexpr(1)
-SEGMENT = tl.constexpr(2)
-ALL = tl.constexpr(4)
-
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-#: Larger than any position.
-FAR = tl.constexpr(2147483647)
 #: Stands for a bias of -inf, whose differences would be NaN; anything below is as good as hidden.
 LOWEST = tl.constexpr(-1.0e30)
 
@@ -69,45 +61,16 @@ def load_square(p_base, TRANSPOSED: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: 
 
 
 @triton.jit
-def query_facts(p_modality, p_position, p_segment, begin, end, first, o_row, rows):
-    """Modality (-1: padding, or no row), position and segment of query rows; row 0 stands in token `first`, and the
-    sequence's tokens are begin…end - 1."""
-    token = first + o_row
-    inside = (o_row < rows) & (token >= begin) & (token < end)
-    b_modality = tl.load(p_modality + token, mask=inside, other=-1)
-    b_position = tl.load(p_position + token, mask=inside, other=-1)
-    b_segment = tl.load(p_segment + token, mask=inside, other=-1)
-    return b_modality, b_position, b_segment
+def row_limits(p_limits, i_pass, all_rows, o_row, inside):
+    """Positions (low, high] that each query row sees in a pass; nothing for rows that are not inside."""
+    p = p_limits + i_pass * 2 * all_rows + o_row
+    return tl.load(p, mask=inside, other=-2), tl.load(p + all_rows, mask=inside, other=-2)
 
 
 @triton.jit
-def row_limits(p_rules, b_modality, b_position, b_segment, window):
-    """What each query row sees in a pass: keys at positions in (low, high], and keys of a segment."""
-    b_rule = tl.load(p_rules + tl.maximum(b_modality, 0))
-    b_rule = tl.where(b_modality >= 0, b_rule, 0)
-    past = (b_rule & PAST) != 0
-    everything = (b_rule & ALL) != 0
-    b_high = tl.where(everything, FAR, tl.where(past, b_position, -2))
-    b_low = tl.where(everything, -1, tl.maximum(b_position - window, -1))
-    b_segment = tl.where((b_rule & SEGMENT) != 0, b_segment, -2)
-    return b_low, b_high, b_segment
-
-
-@triton.jit
-def key_facts(p_modality, p_position, p_segment, token, inside, members):
-    """Whether keys are real tokens; and position and segment of those that belong to the pass, -1 of all others."""
-    b_modality = tl.load(p_modality + token, mask=inside, other=-1)
-    b_position = tl.load(p_position + token, mask=inside, other=-1)
-    b_segment = tl.load(p_segment + token, mask=inside, other=-1)
-    real = b_modality >= 0
-    member = real & (((members >> tl.maximum(b_modality, 0)) & 1) != 0)
-    return real, tl.where(member, b_position, -1), tl.where(member, b_segment, -1)
-
-
-@triton.jit
-def visible(b_low, b_high, b_own, b_position, b_segment):
-    """Who sees whom; operands broadcast. No limit lets position -1 or segment -1 in."""
-    return ((b_position > b_low) & (b_position <= b_high)) | (b_segment == b_own)
+def visible(b_low, b_high, b_position):
+    """Who sees whom; operands broadcast. Position -1 (no key of this pass) lies in no limits."""
+    return (b_position > b_low) & (b_position <= b_high)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moda_kernels import alignment, triton
-from moda_kernels.backends.triton.passes import key_tile_lists, make_passes, pseudo_counts, query_tile_lists
+from moda_kernels.backends.triton.passes import key_tile_lists, make_passes, pseudo_counts, query_tile_lists, row_facts
 from moda_kernels.call import AttentionCall
 from moda_kernels.keymap import ModalityMap
 from moda_kernels.layout import ModalityLayout
@@ -83,9 +83,8 @@ class TritonBackend:
         if differentiable:
             query_lists = query_tile_lists(layout, queries, passes, *chosen.query[:2])[:4]
             key_lists = key_tile_lists(layout, queries, passes, *chosen.keys[:2])[:4]
-        facts = (layout.modality.flatten(), layout.position.flatten(), layout.segment.flatten())
         plan = AttentionPlan(
-            facts=(*facts, layout.cu_seqlens, queries.cu_seqlens, queries.first_column),
+            facts=row_facts(layout, queries, passes, call.mask.window),
             passes=passes.numbers,
             count=count,
             fault=None if layout.overflow is None else (layout.overflow | (overflow > 0)).int(),
@@ -96,7 +95,6 @@ class TritonBackend:
             key_lists=key_lists,
             key_config=tuple(chosen.keys),
             group=None if matrix is None else layout.groups("modality"),
-            window=2**31 - 1 if call.mask.window is None else call.mask.window,
             scale=call.scale,
         )
         out, lse, _ = ModaAttention.apply(*tensors, call.attn_mask, plan)

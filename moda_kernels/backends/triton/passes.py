@@ -127,3 +127,17 @@ def pseudo_counts(
         return torch.stack(made).int()
 
     return queries.remember(("pseudo counts", mask, split, length), make)
+
+
+def row_facts(layout: ModalityLayout, queries: QueryRows, passes: Passes, window: int | None) -> tuple[Tensor, ...]:
+    """The facts of a call, as `moda_kernels.triton.attention` names them."""
+
+    def make() -> tuple[Tensor, ...]:
+        modality, position, segment = (f.flatten() for f in (layout.modality, layout.position, layout.segment))
+        limits = torch.ops.moda_kernels.attention_limits(
+            modality, position, segment, layout.table, queries.columns.flatten(), list(passes.numbers),
+            2**31 - 1 if window is None else window,
+        )  # fmt: skip
+        return modality, *limits, layout.cu_seqlens, queries.cu_seqlens
+
+    return queries.remember(("row facts", passes.numbers, window), make)
