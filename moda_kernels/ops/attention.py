@@ -14,18 +14,15 @@ from torch import Tensor
 from moda_kernels.ops.grouped import segment_gram, segment_project
 
 _LIBRARY = torch.library.Library("moda_kernels", "FRAGMENT")
-_CALL = (
-    "Tensor query, Tensor key, Tensor value, Tensor? matrix, Tensor? bias, Tensor? base, Tensor? decay, "
-    "Tensor? weights, Tensor? attn_mask, Tensor? count"
-)
+_MORE = "Tensor? bias, Tensor? base, Tensor? decay, Tensor? weights, Tensor? attn_mask, Tensor? count"
 _LIBRARY.define(
-    f"attention({_CALL}, Tensor? fault, Tensor[] facts, Tensor[] lists, int[] passes, int[] config, "
+    f"attention(Tensor query, Tensor key, Tensor value, Tensor? matrix, {_MORE}, Tensor? fault, Tensor[] facts, Tensor[] lists, int[] passes, int[] config, "
     "float scale) -> (Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define(
-    f"attention_backward(Tensor dout, Tensor dlse, Tensor out, Tensor lse, {_CALL}, Tensor[] facts, "
-    "Tensor[] query_lists, Tensor[] key_lists, int[] passes, int[] query_config, int[] key_config, "
-    "float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "attention_backward(Tensor dout, Tensor dlse, Tensor out, Tensor lse, Tensor query, Tensor key, Tensor value, "
+    f"{_MORE}, Tensor[] facts, Tensor[] query_lists, Tensor[] key_lists, int[] passes, int[] query_config, "
+    "int[] key_config, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define(
     "attention_limits(Tensor modality, Tensor position, Tensor segment, Tensor table, Tensor columns, int[] passes, "

@@ -91,7 +91,6 @@ def backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    matrix: Tensor | None,
     bias: Tensor | None,
     base: Tensor | None,
     decay: Tensor | None,
@@ -106,7 +105,7 @@ def backward(
     key_config: Sequence[int],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, of the (fused) keys, of value; of the bias by tile, float32 ``[P, tiles, Hq, M]``; and by tile,
+    """Gradients of query, key and value; of the bias by tile, float32 ``[P, tiles, Hq, M]``; and by tile,
     float32 ``[tiles, Hq, branches, 3]``, Σ do·o and the gradients of base and decay.
 
     out: the parts, where split. query_lists: of the kernel that owns query tiles; key_lists: of the one that owns key
@@ -114,7 +113,7 @@ def backward(
     """
     split = weights is not None
     outputs = backward_outputs(
-        dout, dlse, out, lse, query, key, value, matrix, bias, base, decay, weights, attn_mask, count, facts, query_lists,
+        dout, dlse, out, lse, query, key, value, bias, base, decay, weights, attn_mask, count, facts, query_lists,
         key_lists, passes,
     )  # fmt: skip
     dq, dk, dv, dbias, sums = outputs
@@ -128,7 +127,6 @@ def backward(
     rows, tiles = _count_rows(q), query_lists[0].shape[0]
     new = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
     delta, limit = new(sums.shape[2], heads, rows), new(sums.shape[2], heads, rows)
-    matrix = _like(matrix, q)
     lengths = {"query_length": _length(q), "key_length": _length(k)}
 
     attention_row_sums[(tiles, heads)](
@@ -141,14 +139,14 @@ def backward(
     )  # fmt: skip
     common: dict[str, Any] = {
         "p_q": q, "p_k": k, "p_v": v, "p_dout": do, "p_delta": delta, "p_limit": limit,
-        "p_matrix": matrix, "p_bias": bias, "p_weights": weights, **_facts(facts),
+        "p_bias": bias, "p_weights": weights, **_facts(facts),
         **_strides("q", q), **_strides("k", k), **_strides("v", v), **_strides("d", do),
         **_bias_strides(bias), **_mask(attn_mask, q, k),
         "query_heads": heads, "group": heads // key_heads, **lengths,
         "scale": scale * LOG2E, "SPLIT": split, "PRECISION": precision(q.dtype),
     }  # fmt: skip
     attention_backward_query[(tiles * heads,)](
-        p_dq=dq, p_sum=None if matrix is None else new(heads, rows, q.shape[-1]), p_dbias=dbias, **_strides("g", dq),
+        p_dq=dq, p_dbias=dbias, **_strides("g", dq),
         **_lists(query_lists, passes, q.device), **_blocks(q, v, query_config), **common,
     )  # fmt: skip
     attention_backward_keys[(key_lists[0].shape[0] * key_heads,)](
@@ -166,7 +164,6 @@ def backward_outputs(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    matrix: Tensor | None,
     bias: Tensor | None,
     base: Tensor | None,
     decay: Tensor | None,

@@ -13,7 +13,6 @@ from moda_kernels.triton.primitives import (
     LOWEST,
     load_mask,
     load_rows,
-    load_square,
     log_pseudo_mass,
     log_pseudo_mass_slope,
     row_limits,
@@ -123,22 +122,16 @@ def _walk(
 
 @triton.jit
 def _pass(
-    b_dq, b_query, b_do, b_limit, b_delta, weight, i_pass, i_batch, i_head, i_group, i_tile, p_k, p_v,
-    p_sum_tile, p_dbias, p_matrix, p_bias, p_mask, p_limits, p_keys, p_row_modality, p_lists, p_counts, p_modalities,
-    begin, end, row, rows, o_q, all_rows, all_keys, tiles, width, modalities, query_heads, group, scale,
+    b_dq, b_query, b_do, b_limit, b_delta, weight, i_pass, i_batch, i_head, i_tile, p_k, p_v,
+    p_dbias, p_bias, p_mask, p_limits, p_keys, p_row_modality, p_lists, p_counts, p_modalities,
+    begin, end, row, rows, o_q, all_rows, all_keys, tiles, width, modalities, query_heads, scale,
     s_kt, s_vt, s_bn, s_bh, s_ba, s_bb, s_mq, s_mk,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One pass: dq so far, the pass's d bias, and, with a key map, the pass's dq turned back and added to p_sum."""
-    b_q = b_query
+    """One pass: dq so far, and the pass's d bias."""
     b_db = tl.zeros([BLOCK_Q], tl.float32)
     i_modality = tl.load(p_modalities + i_pass)
-    if p_matrix is not None:
-        i_matrix = ((i_batch * modalities + i_modality) * (query_heads // group) + i_group) * D * D
-        b_turn = load_square(p_matrix + i_matrix, True, D, BLOCK_D)
-        b_q = tl.dot(b_query, b_turn, input_precision=PRECISION).to(b_query.dtype)
-        b_dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     if p_bias is not None:
         o_row = tl.arange(0, BLOCK_Q)
         b_modality = tl.load(p_row_modality + row + o_row, mask=o_row < rows, other=-1)
@@ -150,12 +143,12 @@ def _pass(
     full, every = tl.load(p_counts + i_list * 2), tl.load(p_counts + i_list * 2 + 1)
     p_keys += i_pass * all_keys
     b_dq, b_db = _walk(
-        b_dq, b_db, b_q, b_do, b_limit, b_delta, weight, i_pass, p_k, p_v, p_list, 0, full, p_limits, p_keys, p_mask,
+        b_dq, b_db, b_query, b_do, b_limit, b_delta, weight, i_pass, p_k, p_v, p_list, 0, full, p_limits, p_keys, p_mask,
         begin, end, row, rows, o_q, all_rows, s_kt, s_vt, s_mq, s_mk, scale,
         D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, False, MASK, p_bias is not None, SPLIT, PRECISION,
     )  # fmt: skip
     b_dq, b_db = _walk(
-        b_dq, b_db, b_q, b_do, b_limit, b_delta, weight, i_pass, p_k, p_v, p_list, full, every, p_limits, p_keys, p_mask,
+        b_dq, b_db, b_query, b_do, b_limit, b_delta, weight, i_pass, p_k, p_v, p_list, full, every, p_limits, p_keys, p_mask,
         begin, end, row, rows, o_q, all_rows, s_kt, s_vt, s_mq, s_mk, scale,
         D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, True, MASK, p_bias is not None, SPLIT, PRECISION,
     )  # fmt: skip
@@ -165,22 +158,14 @@ def _pass(
         p_dbias_row = p_dbias + ((i_pass * tiles + i_tile) * query_heads + i_head) * modalities
         for i_row_modality in range(0, modalities):
             tl.store(p_dbias_row + i_row_modality, tl.sum(tl.where(b_modality == i_row_modality, b_db, 0.0), 0))
-    if p_matrix is not None:
-        o_row = tl.arange(0, BLOCK_Q)
-        b_back = load_square(p_matrix + i_matrix, False, D, BLOCK_D)
-        b_part = tl.dot(b_dq.to(b_query.dtype), b_back, input_precision=PRECISION)
-        if i_pass > 0:
-            tl.debug_barrier()
-            b_part += load_rows(p_sum_tile, o_row, D, o_row < rows, D, BLOCK_D, True)
-        store_rows(p_sum_tile, o_row, D, b_part, o_row < rows, D, BLOCK_D)
     return b_dq
 
 
 @triton.jit(do_not_specialize=["query_heads", "query_length", "key_length", "tiles", "width", "first_passes", "passes",
                                "all_rows", "all_keys"])  # fmt: skip
 def attention_backward_query(
-    p_q, p_k, p_v, p_dout, p_dq, p_sum, p_dbias, p_delta, p_limit,
-    p_matrix, p_bias, p_weights, p_mask,
+    p_q, p_k, p_v, p_dout, p_dq, p_dbias, p_delta, p_limit,
+    p_bias, p_weights, p_mask,
     p_limits, p_keys, p_row_modality, p_cu_k, p_tiles, p_order, p_lists, p_counts, p_modalities,
     s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_db, s_dh, s_dt, s_gb, s_gh, s_gt,
     s_bn, s_bh, s_ba, s_bb, s_mb, s_mh, s_mq, s_mk,
@@ -192,9 +177,7 @@ def attention_backward_query(
 ):  # fmt: skip
     """dq, and d bias summed over each tile by query modality.
 
-    Grid: as `attention_forward`. With a key map the gradient of each pass is turned back and added up in p_sum, float32
-    and contiguous [heads, flat rows, D]: two accumulators at once would not fit a GPU's registers. p_dbias:
-    [passes, tiles, heads, modalities].
+    Grid: as `attention_forward`. p_dbias: [passes, tiles, heads, modalities].
     """
     i_tile = tl.load(p_order + tl.program_id(0) // query_heads)
     i_head = tl.program_id(0) % query_heads
@@ -220,9 +203,6 @@ def attention_backward_query(
     b_do = load_rows(p_dout, o_row, s_dt, b_real, E, BLOCK_E, True)  # [BLOCK_Q, BLOCK_E]
     b_dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     weight = 1.0
-    p_sum_tile = p_sum
-    if p_matrix is not None:
-        p_sum_tile = p_sum + (i_head.to(tl.int64) * all_rows + row) * D
 
     for i_branch in tl.static_range(2 if SPLIT else 1):
         o_flat = (i_branch * query_heads + i_head).to(tl.int64) * all_rows + row + o_row
@@ -235,10 +215,9 @@ def attention_backward_query(
                 FIRST_PASSES if i_branch == 1 else 0, FIRST_PASSES if SPLIT and i_branch == 0 else PASSES
             ):  # fmt: skip
                 b_dq = _pass(
-                    b_dq, b_query, b_do, b_limit, b_delta, weight, i_pass, i_batch, i_head, i_group, i_tile, p_k, p_v,
-                    p_sum_tile, p_dbias, p_matrix, p_bias, p_mask, p_limits, p_keys, p_row_modality, p_lists, p_counts,
-                    p_modalities, begin, end, row, rows, o_q, all_rows, all_keys, tiles, width, modalities, query_heads,
-                    group, scale,
+                    b_dq, b_query, b_do, b_limit, b_delta, weight, i_pass, i_batch, i_head, i_tile, p_k, p_v,
+                    p_dbias, p_bias, p_mask, p_limits, p_keys, p_row_modality, p_lists, p_counts,
+                    p_modalities, begin, end, row, rows, o_q, all_rows, all_keys, tiles, width, modalities, query_heads, scale,
                     s_kt, s_vt, s_bn, s_bh, s_ba, s_bb, s_mq, s_mk,
                     D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, SPLIT, MASK, PRECISION,
                 )  # fmt: skip
@@ -247,20 +226,14 @@ def attention_backward_query(
             pass_to = first_passes if SPLIT and i_branch == 0 else passes
             for i_pass in range(pass_from, pass_to):
                 b_dq = _pass(
-                    b_dq, b_query, b_do, b_limit, b_delta, weight, i_pass, i_batch, i_head, i_group, i_tile, p_k, p_v,
-                    p_sum_tile, p_dbias, p_matrix, p_bias, p_mask, p_limits, p_keys, p_row_modality, p_lists, p_counts,
-                    p_modalities, begin, end, row, rows, o_q, all_rows, all_keys, tiles, width, modalities, query_heads,
-                    group, scale,
+                    b_dq, b_query, b_do, b_limit, b_delta, weight, i_pass, i_batch, i_head, i_tile, p_k, p_v,
+                    p_dbias, p_bias, p_mask, p_limits, p_keys, p_row_modality, p_lists, p_counts,
+                    p_modalities, begin, end, row, rows, o_q, all_rows, all_keys, tiles, width, modalities, query_heads, scale,
                     s_kt, s_vt, s_bn, s_bh, s_ba, s_bb, s_mq, s_mk,
                     D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, SPLIT, MASK, PRECISION,
                 )  # fmt: skip
 
     # Addresses are made again here: kept through the loops they would cost registers.
     p_dq += i_batch * s_gb + i_head.to(tl.int64) * s_gh + o_q.to(tl.int64) * s_gt
-    if p_matrix is not None:
-        tl.debug_barrier()
-        b_dq = load_rows(p_sum_tile, o_row, D, o_row < rows, D, BLOCK_D, True)
-        if passes == 0:
-            b_dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     # Scores are scaled for exp2; their gradient is not.
     store_rows(p_dq, o_row, s_gt, b_dq * (scale * LN2), o_row < rows, D, BLOCK_D)

@@ -13,7 +13,6 @@ from moda_kernels.triton.primitives import (
     LOWEST,
     load_mask,
     load_rows,
-    load_square,
     row_limits,
     store_rows,
     visible,
@@ -88,24 +87,19 @@ def _walk(
 
 @triton.jit
 def _pass(
-    b_dk, b_dv, b_key, b_v, i_pass, i_branch, i_batch, i_key_head, i_tile, token, count,
-    p_q, p_dout, p_limit, p_delta, p_matrix, p_bias, p_weights, p_mask,
+    b_dk, b_dv, b_k, b_v, i_pass, i_branch, i_key_head, i_tile, token, count,
+    p_q, p_dout, p_limit, p_delta, p_bias, p_weights, p_mask,
     p_limits, p_keys, p_row_modality, p_lists, p_counts, p_modalities,
     o_column, o_flat, rows, s_qh, s_qt, s_dh, s_dt, s_bh, s_ba, s_bb, s_mh, s_mq, s_mk,
     query_heads, group, tiles, width, modalities, all_rows, all_keys, scale,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, MASK: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One pass: the keys mapped, the lists walked."""
-    b_k = b_key
+    """One pass: its lists walked."""
     i_modality = tl.load(p_modalities + i_pass)
     i_list = (i_pass * tiles + i_tile).to(tl.int64)
     p_list = p_lists + i_list * width
     full, every = tl.load(p_counts + i_list * 2), tl.load(p_counts + i_list * 2 + 1)
-    if p_matrix is not None:
-        i_matrix = ((i_batch * modalities + i_modality) * (query_heads // group) + i_key_head) * D * D
-        b_turn = load_square(p_matrix + i_matrix, False, D, BLOCK_D)
-        b_k = tl.dot(b_key, b_turn, input_precision=PRECISION).to(b_key.dtype)
     p_bias_pass = p_bias
     if p_bias is not None:
         p_bias_pass = p_bias + i_modality * s_bb
@@ -129,7 +123,7 @@ def _pass(
                                "all_rows", "all_keys"])  # fmt: skip
 def attention_backward_keys(
     p_q, p_k, p_v, p_dout, p_dk, p_dv, p_delta, p_limit,
-    p_matrix, p_bias, p_weights, p_mask,
+    p_bias, p_weights, p_mask,
     p_modality, p_limits, p_keys, p_row_modality, p_cu_k, p_cu_q, p_tiles, p_order, p_lists, p_counts, p_modalities,
     s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_db, s_dh, s_dt, s_gb, s_gh, s_gt, s_eb, s_eh, s_et,
     s_bn, s_bh, s_ba, s_bb, s_mb, s_mh, s_mq, s_mk,
@@ -139,10 +133,7 @@ def attention_backward_keys(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
     FIRST_PASSES: tl.constexpr, PASSES: tl.constexpr,
 ):  # fmt: skip
-    """dv, and dk; with a key map p_dk gets the gradient of the *fused* keys, from which those of keys and map follow.
-
-    Grid: key tiles · key heads, the longest lists first.
-    """
+    """dk and dv. Grid: key tiles · key heads, the longest lists first."""
     key_heads = query_heads // group
     i_tile = tl.load(p_order + tl.program_id(0) // key_heads)
     i_key_head = tl.program_id(0) % key_heads
@@ -168,7 +159,7 @@ def attention_backward_keys(
     o_row = tl.arange(0, BLOCK_K)
     inside = o_row < count
     real = tl.load(p_modality + token + o_row, mask=inside, other=-1) >= 0
-    b_key = load_rows(p_k, o_row, s_kt, real, D, BLOCK_D, True)  # [BLOCK_K, BLOCK_D]
+    b_k = load_rows(p_k, o_row, s_kt, real, D, BLOCK_D, True)  # [BLOCK_K, BLOCK_D]
     b_v = load_rows(p_v, o_row, s_vt, real, E, BLOCK_E, True)  # [BLOCK_K, BLOCK_E]
     b_dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_K, BLOCK_E], tl.float32)
@@ -179,8 +170,8 @@ def attention_backward_keys(
                 FIRST_PASSES if i_branch == 1 else 0, FIRST_PASSES if SPLIT and i_branch == 0 else PASSES
             ):  # fmt: skip
                 b_dk, b_dv = _pass(
-                    b_dk, b_dv, b_key, b_v, i_pass, i_branch, i_batch, i_key_head, i_tile, token, count,
-                    p_q, p_dout, p_limit, p_delta, p_matrix, p_bias, p_weights, p_mask,
+                    b_dk, b_dv, b_k, b_v, i_pass, i_branch, i_key_head, i_tile, token, count,
+                    p_q, p_dout, p_limit, p_delta, p_bias, p_weights, p_mask,
                     p_limits, p_keys, p_row_modality, p_lists, p_counts, p_modalities,
                     token - begin, o_flat, rows, s_qh, s_qt, s_dh, s_dt, s_bh, s_ba, s_bb, s_mh, s_mq, s_mk,
                     query_heads, group, tiles, width, modalities, all_rows, all_keys, scale,
@@ -191,8 +182,8 @@ def attention_backward_keys(
             pass_to = first_passes if SPLIT and i_branch == 0 else passes
             for i_pass in range(pass_from, pass_to):
                 b_dk, b_dv = _pass(
-                    b_dk, b_dv, b_key, b_v, i_pass, i_branch, i_batch, i_key_head, i_tile, token, count,
-                    p_q, p_dout, p_limit, p_delta, p_matrix, p_bias, p_weights, p_mask,
+                    b_dk, b_dv, b_k, b_v, i_pass, i_branch, i_key_head, i_tile, token, count,
+                    p_q, p_dout, p_limit, p_delta, p_bias, p_weights, p_mask,
                     p_limits, p_keys, p_row_modality, p_lists, p_counts, p_modalities,
                     token - begin, o_flat, rows, s_qh, s_qt, s_dh, s_dt, s_bh, s_ba, s_bb, s_mh, s_mq, s_mk,
                     query_heads, group, tiles, width, modalities, all_rows, all_keys, scale,
