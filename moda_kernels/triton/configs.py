@@ -52,3 +52,48 @@ def find(table: Mapping[int, Mapping[int, Mapping[int, C]]], capability: int, bi
     """The entry for an architecture, the bits of a number and a head size."""
     rows = table[capability][bits]
     return rows[min(limit for limit in rows if limit >= size)]
+
+
+@dataclass(frozen=True)
+class GramConfig(Launch):
+    """Rows of a step, and the tile [block_d, block_e] of the sums that a program keeps."""
+
+    block_t: int
+    block_d: int
+    block_e: int
+
+
+@dataclass(frozen=True)
+class ProjectConfig(Launch):
+    """Rows of a step, and the columns of the matrix that a program keeps."""
+
+    block_t: int
+    block_e: int
+
+
+GramTable = Mapping[int, Mapping[int, Mapping[int, GramConfig]]]
+ProjectTable = Mapping[int, Mapping[int, Mapping[int, ProjectConfig]]]
+
+_GRAM = {
+    16: {64: GramConfig(4, 3, 64, 64, 64), 128: GramConfig(8, 3, 64, 128, 128), 256: GramConfig(8, 3, 64, 128, 128)},
+    32: {64: GramConfig(4, 2, 32, 64, 64), 256: GramConfig(8, 2, 32, 64, 64)},
+}
+GRAM: GramTable = {80: _GRAM, 90: _GRAM, 100: _GRAM}
+
+_UNIT_GRAM = {
+    16: {64: GramConfig(4, 2, 64, 64, 64), 128: GramConfig(8, 2, 64, 128, 64), 256: GramConfig(8, 2, 64, 256, 32)},
+    32: {64: GramConfig(4, 2, 32, 64, 64), 128: GramConfig(8, 2, 32, 128, 32), 256: GramConfig(8, 2, 32, 256, 16)},
+}
+UNIT_GRAM: GramTable = {80: _UNIT_GRAM, 90: _UNIT_GRAM, 100: _UNIT_GRAM}
+
+_PROJECT = {
+    16: {64: ProjectConfig(4, 3, 64, 64), 128: ProjectConfig(4, 3, 64, 64), 256: ProjectConfig(4, 2, 64, 64)},
+    32: {64: ProjectConfig(4, 2, 32, 64), 128: ProjectConfig(8, 2, 32, 64), 256: ProjectConfig(8, 2, 32, 32)},
+}
+PROJECT: ProjectTable = {80: _PROJECT, 90: _PROJECT, 100: _PROJECT}
+
+_UNIT_PROJECT = {
+    16: {64: ProjectConfig(4, 2, 64, 64), 128: ProjectConfig(4, 2, 64, 64), 256: ProjectConfig(4, 2, 64, 32)},
+    32: {64: ProjectConfig(4, 2, 32, 64), 128: ProjectConfig(8, 2, 32, 32), 256: ProjectConfig(8, 2, 32, 16)},
+}
+UNIT_PROJECT: ProjectTable = {80: _UNIT_PROJECT, 90: _UNIT_PROJECT, 100: _UNIT_PROJECT}
