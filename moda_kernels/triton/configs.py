@@ -92,8 +92,21 @@ _PROJECT = {
 }
 PROJECT: ProjectTable = {80: _PROJECT, 90: _PROJECT, 100: _PROJECT}
 
-_UNIT_PROJECT = {
-    16: {64: ProjectConfig(4, 2, 64, 64), 128: ProjectConfig(4, 2, 64, 64), 256: ProjectConfig(4, 2, 64, 32)},
-    32: {64: ProjectConfig(4, 2, 32, 64), 128: ProjectConfig(8, 2, 32, 32), 256: ProjectConfig(8, 2, 32, 16)},
+# Two matrices, each in two parts, and five products: at 128 narrower than 8 warps of sm_90's 128 rows need all 255
+# registers; at 256 anything larger than this leaves the registers.
+_WIDE_UNIT_PROJECT = ProjectConfig(8, 1, 32, 32)
+_UNIT_PROJECT_32 = {64: ProjectConfig(4, 2, 32, 64), 128: ProjectConfig(8, 2, 32, 32), 256: ProjectConfig(8, 2, 32, 16)}
+UNIT_PROJECT: ProjectTable = {
+    80: {
+        16: {64: ProjectConfig(4, 2, 64, 64), 128: ProjectConfig(8, 2, 64, 32), 256: _WIDE_UNIT_PROJECT},
+        32: _UNIT_PROJECT_32,
+    },
+    90: {
+        16: {64: ProjectConfig(4, 2, 64, 64), 128: ProjectConfig(8, 2, 128, 64), 256: _WIDE_UNIT_PROJECT},
+        32: _UNIT_PROJECT_32,
+    },
+    100: {
+        16: {64: ProjectConfig(4, 2, 64, 64), 128: ProjectConfig(8, 2, 64, 64), 256: _WIDE_UNIT_PROJECT},
+        32: _UNIT_PROJECT_32,
+    },
 }
-UNIT_PROJECT: ProjectTable = {80: _UNIT_PROJECT, 90: _UNIT_PROJECT, 100: _UNIT_PROJECT}
