@@ -60,9 +60,8 @@ class CausalMap(KeyMap):
         with torch.autocast(key.device.type, enabled=False):
             size = self.chunk or self._chunk_size()
             if size is None:
-                return self._chunk(
-                    self._nothing(), self.source, key, layout.grouping("segment"), 0, layout.max_segments
-                )[0]
+                grouping = layout.grouping("segment")
+                return self._fused(self._nothing(), self.source, key, grouping, 0, layout.max_segments)[0]
             if key.device.type == "cpu":
                 return self._by_tokens(key, size)
             return self._by_segments(key, size)
@@ -135,24 +134,38 @@ class CausalMap(KeyMap):
         slots: int,
         keep: bool = True,
     ) -> tuple[Tensor, Tensor]:
+        """Fused keys of `slots` segments from `first` on, and the running Gram of the sequence in which they end."""
+        fused, gram = self._fused(running, source, key, grouping, first, slots, keep)
+        if slots == 0:
+            return fused, running
+        sequence, _, length, modality = self.layout.table[first : first + slots].unbind(1)
+        before, exists = self._sequence_before(first), length > 0
+        # Slots without a segment (as many as the layout's bound is too high) come last.
+        last = torch.where(exists, sequence, before).amax()
+        numbers = torch.arange(self.layout.num_modalities, device=key.device)
+        of = (modality == numbers[:, None]) & exists & (sequence == last)
+        return fused, torch.where(last == before, running, 0) + _weighted_sum(of, gram)
+
+    def _fused(
+        self,
+        running: Tensor,
+        source: Tensor,
+        key: Tensor,
+        grouping: ops.Grouping,
+        first: int,
+        slots: int,
+        keep: bool = True,
+    ) -> tuple[Tensor, Tensor]:
         """Fused keys of `slots` segments from `first` on, whose tokens are grouped (keep: and the other keys as they
-        are), and the running Gram ``[M, Hkv, D, D]`` of the sequence in which they end."""
-        layout = self.layout
+        are), after tokens with the Gram sums `running` ``[M, Hkv, D, D]``, and the segments' own Gram sums."""
         gram = ops.segment_gram(source, source, grouping)
-        table = layout.table[first : first + slots]
-        sequence, modality = table[:, 0], table[:, 3]
-        before = layout.table[first - 1, 0] if first else -1  # the sequence that `running` belongs to
-        matrix, mapped = self._segment_matrices(running, gram, table, before)
-        fused = ops.segment_project(key, matrix, grouping.only(mapped), keep=keep)
-        if slots:
-            # Slots without a segment (as many as the layout's bound is too high) come last, and end nothing.
-            exists = table[:, 2] > 0
-            last = torch.where(exists, torch.arange(slots, device=key.device), -1).amax()
-            last_sequence = torch.where(last >= 0, sequence[last.clamp(min=0)], before)
-            of = (modality == torch.arange(layout.num_modalities, device=key.device)[:, None]) & exists
-            of &= sequence == last_sequence
-            running = torch.where(last_sequence == before, running, 0) + _weighted_sum(of, gram)
-        return fused, running
+        table = self.layout.table[first : first + slots]
+        matrix, mapped = self._segment_matrices(running, gram, table, self._sequence_before(first))
+        return ops.segment_project(key, matrix, grouping.only(mapped), keep=keep), gram
+
+    def _sequence_before(self, first: int) -> Tensor | int:
+        """The sequence of the segment before this one."""
+        return self.layout.table[first - 1, 0] if first else -1
 
     def _segment_matrices(
         self, running: Tensor, gram: Tensor, table: Tensor, running_sequence: Tensor | int
