@@ -62,9 +62,9 @@ class CausalMap(KeyMap):
             if size is None:
                 grouping = layout.grouping("segment")
                 return self._fused(self._nothing(), self.source, key, grouping, 0, layout.max_segments)[0]
-            if key.device.type == "cpu":
+            if key.device.type == "cpu" and not torch.compiler.is_compiling():
                 return self._by_tokens(key, size)
-            return self._by_segments(key, size)
+            return self._by_segments(key, self.chunk or CHUNK_SEGMENTS[1])
 
     def _by_tokens(self, key: Tensor, size: int) -> Tensor:
         """In chunks of segments, each with its tokens alone: their places are known on the host."""

@@ -42,6 +42,11 @@ def _tokens(x: Tensor) -> Tensor:
     return x.flatten(0, -3)
 
 
+def _used(order: Tensor, pieces: Tensor, groups: Tensor) -> Tensor:
+    """The pieces that can exist: a group's last one, and those with all their rows."""
+    return pieces[: order.numel() // grouped.ROWS + groups.shape[0] + 1]
+
+
 def _group_tokens(group: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor]:
     order, pieces, groups = grouped.group_tokens(group, num_groups)
     return order, pieces, groups
@@ -59,7 +64,8 @@ def _segment_gram(x: Tensor, y: Tensor | None, order: Tensor, pieces: Tensor, gr
         from moda_kernels.triton import grouped as kernels
 
         eps = grouped.RELEASED_EPS if unit else None
-        return kernels.segment_gram(x, y, order, pieces, groups, slots=grouped.SLOTS, eps=eps)
+        used = _used(order, pieces, groups)
+        return kernels.segment_gram(x, y, order, used, groups, slots=grouped.SLOTS, eps=eps)
     other = _tokens(x if y is None else y)
     return grouped.segment_gram(_tokens(x), other, Grouping(order, pieces, groups), unit)
 
@@ -85,7 +91,8 @@ def _segment_project(
         from moda_kernels.triton import grouped as kernels
 
         eps = grouped.RELEASED_EPS
-        return kernels.segment_project(x, matrix, unit_matrix, order, pieces, keep=keep, dtype=dtype, eps=eps)
+        used = _used(order, pieces, groups)
+        return kernels.segment_project(x, matrix, unit_matrix, order, used, keep=keep, dtype=dtype, eps=eps)
     grouping = Grouping(order, pieces, groups)
     out = grouped.segment_project(
         _tokens(x), matrix, grouping, unit_matrix=unit_matrix, keep=keep, out_dtype=dtype
