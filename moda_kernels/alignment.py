@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moda_kernels import checks, ops
 from moda_kernels.causal import CausalMap
 from moda_kernels.grouped import compute_dtype
-from moda_kernels.keymap import KeyMap, ModalityMap, fused_matrix, normed, released_unit
+from moda_kernels.keymap import KeyMap, ModalityMap, fused_matrix, normed
 from moda_kernels.layout import ModalityLayout, segment_modalities
 
 FUSIONS = ("add", "linear", "concat")
@@ -33,8 +33,8 @@ def as_layout(layout: ModalityLayout | Tensor, num_modalities: int | None = None
     return segment_modalities(layout, num_modalities=num_modalities)
 
 
-def to_tokens(name: str, x: Tensor, layout: ModalityLayout) -> Tensor:
-    """``[B, H, L, D]`` or packed ``[T, H, D]`` → ``[tokens, H, D]``, checked against the layout."""
+def token_major(name: str, x: Tensor, layout: ModalityLayout) -> Tensor:
+    """``[B, H, L, D]`` or packed ``[T, H, D]``, checked against the layout → the view ``[B, L, H, D]``, or itself."""
     checks.float_tensor(name, x)
     checks.same_device(name, x, layout.device, "the layout")
     if layout.packed:
@@ -44,12 +44,17 @@ def to_tokens(name: str, x: Tensor, layout: ModalityLayout) -> Tensor:
     batch, length = layout.modality.shape
     if x.dim() != 4 or x.shape[0] != batch or x.shape[2] != length:
         raise checks.wrong_value(name, f"[B, H, L, D] with B = {batch} and L = {length}, as the layout", x)
-    return x.transpose(1, 2).flatten(0, 1)
+    return x.transpose(1, 2)
+
+
+def to_tokens(name: str, x: Tensor, layout: ModalityLayout) -> Tensor:
+    """The same → ``[tokens, H, D]``."""
+    return token_major(name, x, layout).flatten(0, -3)
 
 
 def from_tokens(x: Tensor, layout: ModalityLayout) -> Tensor:
-    """``[tokens, H, D]`` → the layout's own shape."""
-    return x if layout.packed else x.unflatten(0, tuple(layout.modality.shape)).transpose(1, 2)
+    """``[B, L, H, D]`` or ``[tokens, H, D]`` → the layout's own shape."""
+    return x if layout.packed else x.view(*layout.modality.shape, *x.shape[-2:]).transpose(1, 2)
 
 
 class DuplexAligner(nn.Module):
@@ -130,7 +135,7 @@ class DuplexAligner(nn.Module):
             raise checks.wrong_value(
                 "layout", f"{self.num_modalities} modalities, as the aligner", layout.num_modalities
             )
-        tokens = to_tokens("key", key, layout)
+        tokens = token_major("key", key, layout)
         if tokens.shape[-1] != self.head_dim:
             raise checks.wrong_value("key", f"head size {self.head_dim}, as the aligner", key)
         for name, parameter in self.named_parameters():
@@ -143,15 +148,11 @@ class DuplexAligner(nn.Module):
         dtype = compute_dtype(tokens)
         sequences, modalities = layout.counts.shape
         with torch.autocast(tokens.device.type, enabled=False):
-            gram = ops.segment_gram(tokens, tokens, layout.groups("modality"), sequences * modalities)
-            gram = gram.unflatten(0, (sequences, modalities))
-            # Sum the others: total minus own loses digits that the norm then amplifies.
-            others = [[b for b in range(modalities) if b != a] for a in range(modalities)]
-            rest = torch.stack([gram[:, other].sum(1) for other in others], 1)
+            gram = ops.segment_gram(tokens, tokens, layout.grouping("modality"))
+            rest = _sum_of_others(gram.unflatten(0, (sequences, modalities)))
             ratio, weight = (None if p is None else p.to(dtype) for p in (self.ratio, self.weight))
             matrix = fused_matrix(normed(rest, self.norm), ratio, weight, self.fusion)
-        aligned = torch.tensor([m in self.aligned for m in range(modalities)], device=tokens.device)
-        mapped = (layout.counts.sum(1, keepdim=True) > layout.counts) & aligned
+        mapped = (layout.counts.sum(1, keepdim=True) > layout.counts) & layout.chosen(self.aligned)
         identity = torch.eye(self.head_dim, dtype=dtype, device=tokens.device)
         return ModalityMap(torch.where(mapped[..., None, None, None], matrix, identity), mapped, None, layout)
 
@@ -160,6 +161,17 @@ class DuplexAligner(nn.Module):
             f"head_dim={self.head_dim}, num_modalities={self.num_modalities}, fusion={self.fusion!r}, "
             f"norm={self.norm!r}, scope={self.scope!r}, aligned={self.aligned}"
         )
+
+
+def _sum_of_others(gram: Tensor) -> Tensor:
+    """Per modality the sum of the other modalities' ``[N, M, …]``. Total minus own would lose digits, which the norm
+    then amplifies."""
+    parts = gram.unbind(1)
+    before, after = [torch.zeros_like(parts[0])], [torch.zeros_like(parts[0])]
+    for part, other in zip(parts[:-1], parts[:0:-1], strict=True):
+        before.append(before[-1] + part)
+        after.append(after[-1] + other)
+    return torch.stack([a + b for a, b in zip(before, reversed(after), strict=True)], 1)
 
 
 def align_keys(key: Tensor, key_map: KeyMap, layout: ModalityLayout | Tensor) -> Tensor:
@@ -179,8 +191,8 @@ def align_keys(key: Tensor, key_map: KeyMap, layout: ModalityLayout | Tensor) ->
     if not isinstance(key_map, KeyMap):
         raise checks.wrong_type("key_map", "a KeyMap (call the aligner on the keys)", key_map)
     layout = as_layout(layout, key_map.num_modalities)
-    tokens = to_tokens("key", key, layout)
-    key_map.check(layout, *tokens.shape[1:])
+    tokens = token_major("key", key, layout)
+    key_map.check(layout, *tokens.shape[-2:])
     return from_tokens(key_map.align(tokens, layout), layout)
 
 
@@ -207,7 +219,7 @@ def released_key_map(
         ValueError, TypeError: shapes, dtypes or devices other than these.
     """
     layout = as_layout(layout)
-    keys, values = to_tokens("key", key, layout), to_tokens("value", value, layout)
+    keys, values = token_major("key", key, layout), token_major("value", value, layout)
     checks.shape("value", values, keys.shape, "of key (tokens, heads, head size)")
     dim, modalities = keys.shape[-1], layout.num_modalities
     for name, modality in (("vision", vision), ("text", text)):
@@ -222,22 +234,28 @@ def released_key_map(
         checks.same_device(name, parameter, keys.device, "key")
 
     dtype = compute_dtype(keys, values)
-    # Padding may hold anything.
-    wide = torch.where((layout.modality.flatten() >= 0)[:, None, None], keys.to(dtype), 0)
     identity = torch.eye(dim, dtype=dtype, device=keys.device)
-    of_vision = torch.arange(modalities, device=keys.device) == vision
-    sequence = layout.sequence.flatten().long()
-    text_group = torch.where(layout.modality.flatten() == text, sequence, -1)
+    of_vision = layout.chosen((vision,))
     with torch.autocast(keys.device.type, enabled=False):
-        gram = normed(ops.segment_gram(released_unit(wide), values.to(dtype), text_group, layout.num_sequences), "row")
+        gram = ops.segment_gram(keys, values, _text_grouping(layout, text), unit=True)
         turned = weight.to(dtype).T
-        unit = (gram * ratio.to(dtype).flatten()) @ turned
+        unit = (normed(gram.to(dtype), "row") * ratio.to(dtype).flatten()) @ turned
     # A layout without the modality `text` has no text tokens: nothing is mapped.
     has_text = layout.counts[:, text] > 0 if text < modalities else torch.zeros_like(layout.counts[:, 0]) > 0
     mapped = has_text[:, None] & of_vision
     where = mapped[..., None, None, None]
-    matrix = torch.where(where, turned, identity).expand(-1, -1, keys.shape[1], -1, -1)
+    matrix = torch.where(where, turned, identity).expand(-1, -1, keys.shape[-2], -1, -1)
     return ModalityMap(matrix, mapped, torch.where(where, unit[:, None], 0), layout)
+
+
+def _text_grouping(layout: ModalityLayout, text: int) -> ops.Grouping:
+    """The tokens of one modality, by sequence."""
+
+    def make() -> ops.Grouping:
+        of_text = layout.modality.flatten() == text
+        return ops.group_tokens(torch.where(of_text, layout.sequence.flatten().long(), -1), layout.num_sequences)
+
+    return layout.remember(("grouping", "sequence", text), make)
 
 
 def modality_gram(x: Tensor, y: Tensor, layout: ModalityLayout | Tensor, by: str = "modality") -> Tensor:
@@ -256,10 +274,10 @@ def modality_gram(x: Tensor, y: Tensor, layout: ModalityLayout | Tensor, by: str
     """
     layout = as_layout(layout)
     checks.choice("by", by, ("modality", "segment"))
-    xs, ys = to_tokens("x", x, layout), to_tokens("y", y, layout)
-    checks.shape("y", ys[..., 0], xs.shape[:2], "of x but for its last axis (tokens, heads)")
-    groups = layout.counts.numel() if by == "modality" else layout.max_segments
-    gram = ops.segment_gram(xs, ys, layout.groups(by), groups)
+    xs, ys = token_major("x", x, layout), token_major("y", y, layout)
+    heads = (layout.num_tokens, xs.shape[-2])
+    checks.shape("y", ys[..., 0].flatten(0, -2), heads, "of x but for its last axis (tokens, heads)")
+    gram = ops.segment_gram(xs, ys, layout.grouping(by))
     return gram.unflatten(0, tuple(layout.counts.shape)) if by == "modality" else gram
 
 

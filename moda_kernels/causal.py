@@ -5,7 +5,9 @@ never look ahead and aligned keys never change. One matrix per segment can outgr
 segments are walked in chunks with a running Gram per modality, and each chunk is computed again in the backward.
 """
 
+import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +31,7 @@ class CausalMap(KeyMap):
     """k'_t = k_t A[segment of t] (scope "causal").
 
     Attributes:
-        source: ``[tokens, Hkv, D]``, the keys whose Gram sums make the map.
+        source: ``[T, Hkv, D]`` or ``[B, L, Hkv, D]``, the keys whose Gram sums make the map.
         layout: their layout.
         ratio, weight, fusion, norm, aligned: the aligner's.
         chunk: segments per chunk. Default: all at once where that is small.
@@ -46,32 +48,67 @@ class CausalMap(KeyMap):
 
     @property
     def num_heads(self) -> int:  # type: ignore[override]
-        return self.source.shape[1]
+        return self.source.shape[-2]
 
     @property
     def head_dim(self) -> int:  # type: ignore[override]
-        return self.source.shape[2]
+        return self.source.shape[-1]
 
     def align(self, key: Tensor, layout: ModalityLayout) -> Tensor:
+        if layout.num_tokens == 0:
+            return key
         with torch.autocast(key.device.type, enabled=False):
-            running = self._nothing()
-            chunks = self._chunks()
-            out = []
-            for begin, end, first, slots in chunks:
-                step = running, self.source[begin:end], key[begin:end], begin, first, slots
-                if len(chunks) > 1 and torch.is_grad_enabled():
-                    fused, running = checkpoint(self._chunk, *step, use_reentrant=False, preserve_rng_state=False)
-                else:
-                    fused, running = self._chunk(*step)
-                out.append(fused)
-        return torch.cat(out) if out else key
+            size = self.chunk or self._chunk_size()
+            if size is None:
+                grouping = layout.grouping("segment")
+                return self._fused(self._nothing(), self.source, key, grouping, 0, layout.max_segments)[0]
+            if key.device.type == "cpu" and not torch.compiler.is_compiling():
+                return self._by_tokens(key, size)
+            return self._by_segments(key, self.chunk or CHUNK_SEGMENTS[1])
+
+    def _by_tokens(self, key: Tensor, size: int) -> Tensor:
+        """In chunks of segments, each with its tokens alone: their places are known on the host."""
+        source, keys = self.source.flatten(0, -3), key.flatten(0, -3)
+        layout, out, running = self.layout, [], self._nothing()
+        starts = layout.remember("segment starts", lambda: layout.table[: int(layout.num_segments), 1].tolist())
+        segment = layout.groups("segment")
+        cuts = [0, *starts[size::size], len(keys)]
+        for i, (begin, end) in enumerate(itertools.pairwise(cuts)):
+            first, slots = i * size, min(size, len(starts) - i * size)
+            local = segment[begin:end]
+            grouping = ops.group_tokens(torch.where(local >= 0, local - first, -1), slots)
+            fused, running = self._again(running, source[begin:end], keys[begin:end], grouping, first, slots)
+            out.append(fused)
+        return torch.cat(out).view(key.shape)
+
+    def _by_segments(self, key: Tensor, size: int) -> Tensor:
+        """In chunks of segment slots: every chunk passes over all tokens, as where its own lie is not known without
+        waiting for the device, and leaves 0 where they are not."""
+        layout, running = self.layout, self._nothing()
+        if layout.max_segments == 0:
+            return key
+        total = torch.zeros_like(key)
+        for first in range(0, layout.max_segments, size):
+            slots = min(size, layout.max_segments - first)
+            grouping = layout.grouping("segment").window(first, slots)
+            fused, running = self._again(running, self.source, key, grouping, first, slots, False)
+            total = total + fused
+        mapped = self._mapped(layout.table).index_select(0, layout.groups("segment").clamp(min=0))
+        mapped = (mapped & (layout.groups("segment") >= 0)).view(*key.shape[:-2], 1, 1)
+        return torch.where(mapped, total, key)
+
+    def _again(self, *step: Any) -> tuple[Tensor, Tensor]:
+        """A chunk that is computed again in the backward."""
+        if not torch.is_grad_enabled():
+            return self._chunk(*step)
+        fused, running = checkpoint(self._chunk, *step, use_reentrant=False, preserve_rng_state=False)
+        return fused, running
 
     def matrices(self) -> Tensor:
         """A of every segment, ``[max_segments, Hkv, D, D]`` (the identity where keys stay as they are)."""
-        layout = self.layout
-        gram = ops.segment_gram(self.source, self.source, layout.groups("segment"), layout.max_segments)
+        gram = ops.segment_gram(self.source, self.source, self.layout.grouping("segment"))
         with torch.autocast(gram.device.type, enabled=False):
-            matrix, _ = self._segment_matrices(self._nothing(), gram, layout.table, -1)
+            matrix, _ = self._segment_matrices(self._nothing(), gram, self.layout.table, -1)
         return matrix
 
     def _nothing(self) -> Tensor:
@@ -79,46 +116,56 @@ class CausalMap(KeyMap):
         shape = self.layout.num_modalities, self.num_heads, self.head_dim, self.head_dim
         return torch.zeros(shape, dtype=compute_dtype(self.source), device=self.source.device)
 
-    def _chunks(self) -> list[tuple[int, int, int, int]]:
-        """First and last token, first segment and number of segments of each chunk."""
-        tokens, segments = self.source.shape[0], self.layout.max_segments
-        if tokens == 0:
-            return []
-        fits = segments <= MAX_SEGMENTS and segments * self.head_dim <= MATRICES_PER_KEYS * tokens
-        if self.chunk is None and fits:
-            return [(0, tokens, 0, segments)]
+    def _chunk_size(self) -> int | None:
+        """Segments of a chunk; None: all at once."""
+        tokens, segments = self.layout.num_tokens, self.layout.max_segments
+        if segments <= MAX_SEGMENTS and segments * self.head_dim <= MATRICES_PER_KEYS * tokens:
+            return None
         low, high = CHUNK_SEGMENTS
-        size = self.chunk or max(low, min(high, MATRICES_PER_KEYS * tokens // self.head_dim))
-        # The one place that waits for the device.
-        starts = self.layout.remember(
-            "segment starts", lambda: self.layout.table[: int(self.layout.num_segments), 1].tolist()
-        )
-        cuts = [0, *starts[size::size], tokens]
-        return [(cuts[i], cuts[i + 1], i * size, min(size, len(starts) - i * size)) for i in range(len(cuts) - 1)]
+        return max(low, min(high, MATRICES_PER_KEYS * tokens // self.head_dim))
 
     def _chunk(
-        self, running: Tensor, source: Tensor, key: Tensor, begin: int, first: int, slots: int
+        self,
+        running: Tensor,
+        source: Tensor,
+        key: Tensor,
+        grouping: ops.Grouping,
+        first: int,
+        slots: int,
+        keep: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        """Fused keys of tokens begin…, which hold segments first…, and the running Gram ``[M, Hkv, D, D]`` of the
-        sequence in which they end."""
-        layout = self.layout
-        segment = layout.segment.flatten()[begin : begin + source.shape[0]].long()
-        local = torch.where((segment >= 0) & (segment < layout.max_segments), segment - first, -1)
-        gram = ops.segment_gram(source, source, local, slots)
-        table = layout.table[first : first + slots]
-        sequence, modality = table[:, 0], table[:, 3]
-        before = layout.table[first - 1, 0] if first else -1  # the sequence that `running` belongs to
-        matrix, mapped = self._segment_matrices(running, gram, table, before)
+        """Fused keys of `slots` segments from `first` on, and the running Gram of the sequence in which they end."""
+        fused, gram = self._fused(running, source, key, grouping, first, slots, keep)
+        if slots == 0:
+            return fused, running
+        sequence, _, length, modality = self.layout.table[first : first + slots].unbind(1)
+        before, exists = self._sequence_before(first), length > 0
+        # Slots without a segment (as many as the layout's bound is too high) come last.
+        last = torch.where(exists, sequence, before).amax()
+        numbers = torch.arange(self.layout.num_modalities, device=key.device)
+        of = (modality == numbers[:, None]) & exists & (sequence == last)
+        return fused, torch.where(last == before, running, 0) + _weighted_sum(of, gram)
 
-        token_mapped = (local >= 0) & mapped[local.clamp(min=0)] if slots else local >= 0
-        wide = key.to(compute_dtype(source, key))
-        fused = ops.segment_project(wide, matrix, torch.where(token_mapped, local, -1)).to(key.dtype)
-        fused = torch.where(token_mapped[:, None, None], fused, key)
-        if slots:
-            stays = sequence == sequence[-1]
-            of = (modality == torch.arange(layout.num_modalities, device=key.device)[:, None]) & stays
-            running = torch.where(sequence[-1] == before, running, 0) + _weighted_sum(of, gram)
-        return fused, running
+    def _fused(
+        self,
+        running: Tensor,
+        source: Tensor,
+        key: Tensor,
+        grouping: ops.Grouping,
+        first: int,
+        slots: int,
+        keep: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        """Fused keys of `slots` segments from `first` on, whose tokens are grouped (keep: and the other keys as they
+        are), after tokens with the Gram sums `running` ``[M, Hkv, D, D]``, and the segments' own Gram sums."""
+        gram = ops.segment_gram(source, source, grouping)
+        table = self.layout.table[first : first + slots]
+        matrix, mapped = self._segment_matrices(running, gram, table, self._sequence_before(first))
+        return ops.segment_project(key, matrix, grouping.only(mapped), keep=keep), gram
+
+    def _sequence_before(self, first: int) -> Tensor | int:
+        """The sequence of the segment before this one."""
+        return self.layout.table[first - 1, 0] if first else -1
 
     def _segment_matrices(
         self, running: Tensor, gram: Tensor, table: Tensor, running_sequence: Tensor | int
@@ -126,7 +173,7 @@ class CausalMap(KeyMap):
         """A ``[K, Hkv, D, D]`` of K consecutive segments, and which of them are mapped; `running` holds the Gram sums
         of one sequence before them."""
         layout = self.layout
-        sequence, start, length, modality = table.unbind(1)
+        sequence, _, length, modality = table.unbind(1)
         exists = length > 0
         slot = torch.arange(table.shape[0], device=table.device)
         earlier = (slot[None, :] < slot[:, None]) & (sequence[None, :] == sequence[:, None]) & exists[None, :]
@@ -135,14 +182,19 @@ class CausalMap(KeyMap):
         carried = others & (sequence == running_sequence)[:, None]
         rest = _weighted_sum(torch.cat((carried, earlier), 1), torch.cat((running, gram)))
 
-        counts = layout.prefix[start.long()] - layout.prefix[layout.cu_seqlens[sequence.long()].long()]
-        aligned = torch.tensor([m in self.aligned for m in range(layout.num_modalities)], device=table.device)
-        mapped = exists & ((counts * others).sum(1) > 0) & aligned[modality.long()]
-
+        mapped = self._mapped(table)
         ratio, weight = (None if p is None else p.to(gram.dtype)[modality.long()] for p in (self.ratio, self.weight))
         matrix = fused_matrix(normed(rest, self.norm), ratio, weight, self.fusion)
         identity = torch.eye(self.head_dim, dtype=gram.dtype, device=gram.device)
         return torch.where(mapped[:, None, None, None], matrix, identity), mapped
+
+    def _mapped(self, table: Tensor) -> Tensor:
+        """Which segments of a table are mapped: those after tokens of another modality, in their sequence."""
+        layout = self.layout
+        sequence, start, length, modality = table.long().unbind(1)
+        others = torch.arange(layout.num_modalities, device=table.device)[None, :] != modality[:, None]
+        counts = layout.prefix[start] - layout.prefix[layout.cu_seqlens[sequence].long()]
+        return (length > 0) & ((counts * others).sum(1) > 0) & layout.chosen(self.aligned)[modality]
 
 
 def _weighted_sum(of: Tensor, gram: Tensor) -> Tensor:

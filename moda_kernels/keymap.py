@@ -11,11 +11,7 @@ import torch
 from torch import Tensor
 
 from moda_kernels import checks, ops
-from moda_kernels.grouped import compute_dtype
 from moda_kernels.layout import ModalityLayout
-
-#: The release adds this to every key entry before it norms the key.
-RELEASED_EPS = 1e-6
 
 
 def normed(gram: Tensor, norm: str) -> Tensor:
@@ -84,7 +80,7 @@ class KeyMap:
             raise checks.wrong_value("key_map", f"a map made with {layout!r}", f"one made with {self.layout!r}")
 
     def align(self, key: Tensor, layout: ModalityLayout) -> Tensor:
-        """Fused keys of ``[tokens, Hkv, D]``, in the same shape and dtype."""
+        """Fused keys of ``[T, Hkv, D]`` or ``[B, L, Hkv, D]``, in the same shape and dtype."""
         raise NotImplementedError
 
 
@@ -118,18 +114,7 @@ class ModalityMap(KeyMap):
         return self.unit_matrix is None
 
     def align(self, key: Tensor, layout: ModalityLayout) -> Tensor:
-        group = layout.groups("modality")
-        mapped = (group >= 0) & self.mapped.flatten()[group.clamp(min=0)]
-        group = torch.where(mapped, group, -1)
-        wide = key.to(compute_dtype(key, self.matrix))
-        out = ops.segment_project(wide, self.matrix.flatten(0, 1), group)
-        if self.unit_matrix is not None:
-            # What is not mapped may hold anything, and must not get into the gradient.
-            unit = released_unit(torch.where(mapped[:, None, None], wide, 0))
-            out = out + ops.segment_project(unit, self.unit_matrix.flatten(0, 1), group)
-        return torch.where(mapped[:, None, None], out.to(key.dtype), key)
-
-
-def released_unit(key: Tensor) -> Tensor:
-    """u_t = (k_t + 1e-6) / ‖k_t + 1e-6‖ (released variant)."""
-    return normed(key + RELEASED_EPS, "row")
+        grouping = layout.grouping("modality").only(self.mapped.flatten())
+        matrix = self.matrix.flatten(0, 1)
+        unit = None if self.unit_matrix is None else self.unit_matrix.flatten(0, 1)
+        return ops.segment_project(key, matrix, grouping, unit_matrix=unit, keep=True)

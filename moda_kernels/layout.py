@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from moda_kernels import checks, native
+from moda_kernels import checks, native, ops
 
 T = TypeVar("T")
 
@@ -111,6 +111,23 @@ class ModalityLayout:
             return torch.where(modality >= 0, self.sequence.flatten() * self.num_modalities + modality, -1)
         segment = self.segment.flatten().long()
         return torch.where(segment < self.max_segments, segment, -1)
+
+    def grouping(self, by: str) -> ops.Grouping:
+        """The tokens sorted by these groups, for `ops.segment_gram` and `ops.segment_project`."""
+        num_groups = self.counts.numel() if by == "modality" else self.max_segments
+        return self.remember(("grouping", by), lambda: ops.group_tokens(self.groups(by), num_groups))
+
+    def chosen(self, modalities: tuple[int, ...]) -> Tensor:
+        """bool ``[M]``, true for some modalities; made on the device, since a copy to it would wait."""
+
+        def make() -> Tensor:
+            numbers = torch.arange(self.num_modalities, device=self.device)
+            chosen = torch.zeros_like(numbers, dtype=torch.bool)
+            for m in modalities:
+                chosen |= numbers == m
+            return chosen
+
+        return self.remember(("chosen", modalities), make)
 
     def to(self, device: torch.device | str) -> "ModalityLayout":
         """This layout with its tensors on another device."""

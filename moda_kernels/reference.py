@@ -175,7 +175,7 @@ class _TokenMap(KeyMap):
         return self.source.shape[2]
 
     def align(self, key: Tensor, layout: ModalityLayout) -> Tensor:
-        return self.aligner._fused(self.source, key, layout)
+        return self.aligner._fused(self.source, key.flatten(0, -3), layout).view(key.shape)
 
 
 def released_key_map(

@@ -4,6 +4,7 @@ Each file holds opaque `torch.library` operators (private; what a compiler sees 
 `torch.autograd.Function`s: `grouped.py` the two products of duplex alignment.
 """
 
-from moda_kernels.ops.grouped import SegmentGram, SegmentProject, segment_gram, segment_project
+from moda_kernels.grouped import Grouping
+from moda_kernels.ops.grouped import SegmentGram, SegmentProject, group_tokens, segment_gram, segment_project
 
-__all__ = ["SegmentGram", "SegmentProject", "segment_gram", "segment_project"]
+__all__ = ["Grouping", "SegmentGram", "SegmentProject", "group_tokens", "segment_gram", "segment_project"]

@@ -1,0 +1,112 @@
+"""Block sizes, warps and stages of every kernel, in one table per architecture, with the reason beside each entry.
+
+A kernel kind has a frozen dataclass (a `Launch` with its block sizes) and a table: architecture → bits of the numbers
+that its dots multiply → the largest head size that an entry is for → entry. `aot.py` compiles what stands here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+C = TypeVar("C")
+
+#: Architectures with a table of their own; any other GPU takes the entries of the last one that isn't newer.
+ARCHITECTURES = (80, 90, 100)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What every kernel is launched with."""
+
+    num_warps: int
+    num_stages: int
+
+
+def architecture(device: torch.device) -> int:
+    """The table to look in for a device; the interpreter, which has no limits, takes sm_90's."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return max((a for a in ARCHITECTURES if a <= 10 * major + minor and major < 12), default=ARCHITECTURES[0])
+
+
+def float32_dots() -> str:
+    """`input_precision` of float32 products: IEEE unless torch's own switch allows TF32."""
+    matmul = torch.backends.cuda.matmul
+    # Since torch 2.9 there are two interfaces, and after the newer one has been used the older one raises.
+    precision = getattr(matmul, "fp32_precision", None)
+    if precision == "none":
+        precision = getattr(torch.backends, "fp32_precision", "none")
+    allowed = matmul.allow_tf32 if precision is None else precision == "tf32"
+    return "tf32" if allowed else "ieee"
+
+
+def padded(size: int) -> int:
+    """A head size as `tl.dot` takes it: a power of two of at least 16."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def find(table: Mapping[int, Mapping[int, Mapping[int, C]]], capability: int, bits: int, size: int) -> C:
+    """The entry for an architecture, the bits of a number and a head size."""
+    rows = table[capability][bits]
+    return rows[min(limit for limit in rows if limit >= size)]
+
+
+@dataclass(frozen=True)
+class GramConfig(Launch):
+    """Rows of a step, and the tile [block_d, block_e] of the sums that a program keeps."""
+
+    block_t: int
+    block_d: int
+    block_e: int
+
+
+@dataclass(frozen=True)
+class ProjectConfig(Launch):
+    """Rows of a step, and the columns of the matrix that a program keeps."""
+
+    block_t: int
+    block_e: int
+
+
+GramTable = Mapping[int, Mapping[int, Mapping[int, GramConfig]]]
+ProjectTable = Mapping[int, Mapping[int, Mapping[int, ProjectConfig]]]
+
+_GRAM = {
+    16: {64: GramConfig(4, 3, 64, 64, 64), 128: GramConfig(8, 3, 64, 128, 128), 256: GramConfig(8, 3, 64, 128, 128)},
+    32: {64: GramConfig(4, 2, 32, 64, 64), 256: GramConfig(8, 2, 32, 64, 64)},
+}
+GRAM: GramTable = {80: _GRAM, 90: _GRAM, 100: _GRAM}
+
+_UNIT_GRAM = {
+    16: {64: GramConfig(4, 2, 64, 64, 64), 128: GramConfig(8, 2, 64, 128, 64), 256: GramConfig(8, 2, 64, 256, 32)},
+    32: {64: GramConfig(4, 2, 32, 64, 64), 128: GramConfig(8, 2, 32, 128, 32), 256: GramConfig(8, 2, 32, 256, 16)},
+}
+UNIT_GRAM: GramTable = {80: _UNIT_GRAM, 90: _UNIT_GRAM, 100: _UNIT_GRAM}
+
+_PROJECT = {
+    16: {64: ProjectConfig(4, 3, 64, 64), 128: ProjectConfig(4, 3, 64, 64), 256: ProjectConfig(4, 2, 64, 64)},
+    32: {64: ProjectConfig(4, 2, 32, 64), 128: ProjectConfig(8, 2, 32, 64), 256: ProjectConfig(8, 2, 32, 32)},
+}
+PROJECT: ProjectTable = {80: _PROJECT, 90: _PROJECT, 100: _PROJECT}
+
+# Two matrices, each in two parts, and five products: at 128 narrower than 8 warps of sm_90's 128 rows need all 255
+# registers; at 256 anything larger than this leaves the registers.
+_WIDE_UNIT_PROJECT = ProjectConfig(8, 1, 32, 32)
+_UNIT_PROJECT_32 = {64: ProjectConfig(4, 2, 32, 64), 128: ProjectConfig(8, 2, 32, 32), 256: ProjectConfig(8, 2, 32, 16)}
+UNIT_PROJECT: ProjectTable = {
+    80: {
+        16: {64: ProjectConfig(4, 2, 64, 64), 128: ProjectConfig(8, 2, 64, 32), 256: _WIDE_UNIT_PROJECT},
+        32: _UNIT_PROJECT_32,
+    },
+    90: {
+        16: {64: ProjectConfig(4, 2, 64, 64), 128: ProjectConfig(8, 2, 128, 64), 256: _WIDE_UNIT_PROJECT},
+        32: _UNIT_PROJECT_32,
+    },
+    100: {
+        16: {64: ProjectConfig(4, 2, 64, 64), 128: ProjectConfig(8, 2, 64, 64), 256: _WIDE_UNIT_PROJECT},
+        32: _UNIT_PROJECT_32,
+    },
+}
