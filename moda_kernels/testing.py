@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from moda_kernels import selected
 from moda_kernels.alignment import DuplexAligner, released_key_map
 from moda_kernels.attention import moda_attention
+from moda_kernels.backends import use_backend
 from moda_kernels.layout import ModalityLayout, segment_modalities
 from moda_kernels.mask import ModularMask, Visibility
 from moda_kernels.pseudo import PseudoAttention
@@ -427,10 +429,12 @@ def run(
     """
     inputs = case.build(dtype, device, seed=seed, **sizes) if isinstance(case, Case) else case
     tensors = {name: t.to(compute or dtype).requires_grad_() for name, t in inputs.tensors.items()}
-    out, lse = inputs.call(tensors, backend=backend)
     g = generator(seed + 2)
-    upstream = [torch.randn(t.shape, generator=g).to(device, dtype).to(t.dtype) for t in (out, lse)]
-    grads = torch.autograd.grad((out, lse), tuple(tensors.values()), upstream)
+    # By name for the block, so that key maps are made by the backend's kernels too.
+    with use_backend(backend or selected.name()):
+        out, lse = inputs.call(tensors, backend=backend)
+        upstream = [torch.randn(t.shape, generator=g).to(device, dtype).to(t.dtype) for t in (out, lse)]
+        grads = torch.autograd.grad((out, lse), tuple(tensors.values()), upstream)
     named = {f"d {name}": grad for name, grad in zip(tensors, grads, strict=True)}
     return Result({"out": out.detach(), "lse": lse.detach(), **named})
 

@@ -38,8 +38,8 @@ class TileLists:
         overflow: int32 ``[1]``: sequences longer than :data:`MAX_TOKENS` (possible only where packed lengths are not
             known on the host; the lists are then cut short and outputs must be poisoned).
 
-    A pair is *full* where all rows of both tiles are tokens (whole tiles, no padding) and every query sees every key, so
-    that a kernel needs no masks at all; *empty* (absent) where no query sees any key; else *partial*.
+    A pair is *full* where all rows of both tiles are tokens (whole tiles, no padding) and every query sees every key,
+    so that a kernel needs no masks at all; *empty* (absent) where no query sees any key; else *partial*.
     """
 
     query_tiles: Tensor

@@ -1,7 +1,7 @@
 """Modular-mask attention as an operator with gradients: the door to the Triton kernels of attention.
 
-`moda_kernels::attention_limits`, `moda_kernels::attention` and `moda_kernels::attention_backward` are opaque to compilers: plain tensors and numbers in,
-tensors out. `ModaAttention` above them is what autograd, `torch.func` and `torch.compile` see.
+The operators `attention_limits`, `attention` and `attention_backward` are opaque to compilers: plain tensors and
+numbers in, tensors out. `ModaAttention` above them is what autograd, `torch.func` and `torch.compile` see.
 """
 
 from collections.abc import Sequence
@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moda_kernels.grouped import Grouping
 from moda_kernels.ops.grouped import segment_gram, segment_project
 
 _LIBRARY = torch.library.Library("moda_kernels", "FRAGMENT")
 _MORE = "Tensor? bias, Tensor? base, Tensor? decay, Tensor? weights, Tensor? attn_mask, Tensor? count"
 _LIBRARY.define(
-    f"attention(Tensor query, Tensor key, Tensor value, Tensor? matrix, {_MORE}, Tensor? fault, Tensor[] facts, Tensor[] lists, int[] passes, int[] config, "
-    "float scale) -> (Tensor, Tensor, Tensor)"
+    f"attention(Tensor query, Tensor key, Tensor value, Tensor? matrix, {_MORE}, Tensor? fault, Tensor[] facts, "
+    "Tensor[] lists, int[] passes, int[] config, float scale) -> (Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define(
     "attention_backward(Tensor dout, Tensor dlse, Tensor out, Tensor lse, Tensor query, Tensor key, Tensor value, "
@@ -86,12 +87,14 @@ class AttentionPlan:
     """What a call of `ModaAttention` needs beside its differentiable tensors: who sees whom, and by which tiles.
 
     Attributes:
-        facts, passes: as in `moda_kernels.triton.attention`.
+        facts, passes: of the forward, as in `moda_kernels.triton.attention`.
         count: int32 ``[branches, rows]``, pseudo scores of each query row, -1 for infinitely many; or None.
         fault: int32 ``[1]``, not 0 makes all outputs NaN; or None.
-        lists, config: of the forward. query_lists, query_config, key_lists, key_config: of the backward's two kernels;
-            empty where there will be none.
-        group: int64 ``[tokens]``, sequence · M + modality of each key, where a map is folded into the query; else None.
+        lists, config: of the forward.
+        backward_facts, backward_passes: of the backward, which has no key map to fold and so may have fewer passes.
+        query_lists, query_config, key_lists, key_config: of the backward's two kernels. All of it is empty where there
+            will be no backward.
+        grouping: the keys by sequence and modality, where a map is folded into the query; else None.
         scale: of the scores.
     """
 
@@ -101,11 +104,13 @@ class AttentionPlan:
     fault: Tensor | None
     lists: tuple[Tensor, ...]
     config: tuple[int, ...]
+    backward_facts: tuple[Tensor, ...]
+    backward_passes: tuple[int, ...]
     query_lists: tuple[Tensor, ...]
     query_config: tuple[int, ...]
     key_lists: tuple[Tensor, ...]
     key_config: tuple[int, ...]
-    group: Tensor | None
+    grouping: Grouping | None
     scale: float
 
 
@@ -151,9 +156,10 @@ class ModaAttention(torch.autograd.Function):
         # One of them is enough: delta needs the parts where there are any.
         kept = out if inputs[7] is None else parts
         ctx.save_for_backward(
-            *tensors, kept, lse, plan.count, plan.group, *plan.facts, *plan.query_lists, *plan.key_lists
-        )
-        ctx.numbers = (plan.passes, plan.query_config, plan.key_config, plan.scale)
+            *tensors, kept, lse, plan.count, *(plan.grouping or (None,) * 3),
+            *plan.backward_facts, *plan.query_lists, *plan.key_lists,
+        )  # fmt: skip
+        ctx.numbers = (plan.backward_passes, plan.query_config, plan.key_config, plan.scale)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, dlse: Tensor, dparts: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -175,19 +181,28 @@ class _Gradient(torch.autograd.Function):
     def forward(
         dout: Tensor, dlse: Tensor, needed: tuple[bool, ...], numbers: tuple[Any, ...], *saved: Any
     ) -> tuple[Tensor | None, ...]:
-        query, key, value, matrix, bias, base, decay, weights, attn_mask, out, lse, count, group = saved[:13]
-        facts, query_lists, key_lists = saved[13:19], saved[19:23], saved[23:27]
+        query, key, value, matrix, bias, base, decay, weights, attn_mask, out, lse, count = saved[:12]
+        grouping, facts, query_lists, key_lists = saved[12:15], saved[15:21], saved[21:25], saved[25:29]
         passes, query_config, key_config, scale = numbers
+        fused = key
+        if matrix is not None:
+            # Folded again, a map would take three products per tile and pass; written, it takes one per key.
+            fused = _by_token(segment_project(_by_token(key), matrix.flatten(0, 1), Grouping(*grouping), keep=True))
         dq, dk, dv, bias_sums, sums = torch.ops.moda_kernels.attention_backward(
-            dout, dlse, out, lse, query, key, value, matrix, bias, base, decay, weights, attn_mask, count,
+            dout, dlse, out, lse, query, fused, value, bias, base, decay, weights, attn_mask, count,
             list(facts), list(query_lists), list(key_lists), list(passes), list(query_config), list(key_config),
             scale,
         )  # fmt: skip
         dmatrix = None
         if matrix is not None:
-            # dk is that of the fused keys k A so far.
-            dk, dmatrix = _through_map(key, matrix, dk, group, needed[3])
-        dbias = None if bias is None or not needed[4] else _bias_gradient(bias, bias_sums, query_lists[0], passes, facts[4])
+            # So far dk is that of the fused keys k A. Padding has none.
+            by_group, dfused = matrix.flatten(0, 1), _by_token(dk)
+            if needed[3]:
+                dmatrix = segment_gram(_by_token(key), dfused, Grouping(*grouping)).view(matrix.shape).to(matrix.dtype)
+            dk = _by_token(segment_project(dfused, by_group.transpose(-1, -2), Grouping(*grouping)))
+        dbias = (
+            None if bias is None or not needed[4] else _bias_gradient(bias, bias_sums, query_lists[0], passes, facts[4])
+        )
         per_head = sums.sum(0)  # [heads, branches, 3]
         dbase = None if base is None or not needed[5] else per_head[..., 1].sum(1)
         ddecay = None if decay is None or not needed[6] else per_head[..., 2].sum(1)
@@ -209,21 +224,9 @@ class _Gradient(torch.autograd.Function):
         return _one_by_one(_Gradient, info, in_dims, inputs)
 
 
-def _through_map(
-    key: Tensor, matrix: Tensor, dfused: Tensor, group: Tensor, matrix_too: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of keys and map from that of fused keys k' = k A: dk = dk' Aᵀ, dA = Σ kᵀ dk'. Padding has dk' = 0."""
-
-    def tokens(x: Tensor) -> Tensor:
-        return x if x.dim() == 3 else x.transpose(1, 2).flatten(0, 1)
-
-    flat = matrix.flatten(0, 1)
-    dtokens = tokens(dfused)
-    dkey = segment_project(dtokens, flat.transpose(-1, -2), group)
-    dmatrix = segment_gram(tokens(key), dtokens, group, flat.shape[0]).view(matrix.shape) if matrix_too else None
-    if key.dim() == 4:
-        dkey = dkey.unflatten(0, (key.shape[0], key.shape[2])).transpose(1, 2)
-    return dkey.to(key.dtype), None if dmatrix is None else dmatrix.to(matrix.dtype)
+def _by_token(x: Tensor) -> Tensor:
+    """``[B, H, L, D]`` as ``[B, L, H, D]`` and back; packed ``[T, H, D]`` as it is."""
+    return x if x.dim() == 3 else x.transpose(1, 2)
 
 
 def _bias_gradient(bias: Tensor, sums: Tensor, tiles: Tensor, passes: Sequence[int], cu_seqlens: Tensor) -> Tensor:

@@ -3,10 +3,10 @@
 A call is described by plain tensors and numbers (operators take nothing else):
 
     query, key, value   [B, H, L, D] or packed [T, H, D], any strides with a contiguous last axis
-    facts               modality of the key tokens; limits, key positions, row modalities (see `limits.py`); cu_seqlens of
-                        keys and of queries (all int32)
-    lists               tiles [tiles, 3]; order [tiles], the longest first; lists [passes, tiles, width], columns or rows
-                        *within the sequence*, one more column than is listed; counts [passes, tiles, 2]: full, all
+    facts               modality of the key tokens; limits, key positions, row modalities (see `limits.py`);
+                        cu_seqlens of keys and of queries (all int32)
+    lists               tiles [tiles, 3]; order [tiles], the longest first; lists [passes, tiles, width], columns or
+                        rows *within the sequence*, one more than are listed; counts [passes, tiles, 2]: full, all
     passes              modalities M, passes of the first branch, passes P; then P·M rules, P member bits, P modalities
     config              block of queries, block of keys, warps, stages
 """
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moda_kernels.triton.backward import attention_backward_query, attention_row_sums
 from moda_kernels.triton.backward_keys import attention_backward_keys
+from moda_kernels.triton.configs import float32_dots, padded
 from moda_kernels.triton.forward import attention_forward
 
 LOG2E = 1.4426950408889634
@@ -67,7 +68,7 @@ def forward(
         **_bias_strides(bias), **_mask(attn_mask, q, k), s_cr=_count_rows(q),
         query_heads=heads, group=heads // k.shape[1], query_length=_length(q), key_length=_length(k),
         scale=scale * LOG2E,
-        **_blocks(q, v, config), SPLIT=weights is not None, PRECISION=precision(q.dtype),
+        **_blocks(q, v, config), SPLIT=weights is not None, PRECISION=float32_dots(),
     )  # fmt: skip
     return out, parts, lse
 
@@ -135,7 +136,7 @@ def backward(
         **_strides("d", do), **_strides("o", out[0] if split else out), s_or=out.stride(0) if split else 0,
         **_lse_strides("l", lse, q, with_rows=False), **_lse_strides("g", dlse, q, with_rows=True),
         query_heads=heads, query_length=lengths["query_length"], all_rows=rows,
-        E=v.shape[-1], BLOCK_E=_padded(v), BLOCK_Q=query_config[0], SPLIT=split, num_warps=8,
+        E=v.shape[-1], BLOCK_E=padded(v.shape[-1]), BLOCK_Q=query_config[0], SPLIT=split, num_warps=8,
     )  # fmt: skip
     common: dict[str, Any] = {
         "p_q": q, "p_k": k, "p_v": v, "p_dout": do, "p_delta": delta, "p_limit": limit,
@@ -143,7 +144,7 @@ def backward(
         **_strides("q", q), **_strides("k", k), **_strides("v", v), **_strides("d", do),
         **_bias_strides(bias), **_mask(attn_mask, q, k),
         "query_heads": heads, "group": heads // key_heads, **lengths,
-        "scale": scale * LOG2E, "SPLIT": split, "PRECISION": precision(q.dtype),
+        "scale": scale * LOG2E, "SPLIT": split, "PRECISION": float32_dots(),
     }  # fmt: skip
     attention_backward_query[(tiles * heads,)](
         p_dq=dq, p_dbias=dbias, **_strides("g", dq),
@@ -181,13 +182,8 @@ def backward_outputs(
     new = functools.partial(torch.empty, dtype=torch.float32, device=query.device)
     sums = new((tiles, heads, 1 if weights is None else 2, 3))
     dbias = new((0 if bias is None else passes[2], tiles, heads, passes[0]))
-    return *(_new(x, x.shape[-1]) for x in (query, key, value)), dbias, sums
-
-
-def precision(dtype: torch.dtype) -> str:
-    """How float32 is multiplied: exactly, unless torch's own switch allows TF32."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if tf32 else "ieee"
+    dq, dk, dv = (_new(x, x.shape[-1]) for x in (query, key, value))
+    return dq, dk, dv, dbias, sums
 
 
 def pass_tables(passes: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -205,8 +201,8 @@ def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _new(like: Tensor, size: int, several: tuple[int, ...] = ()) -> Tensor:
-    """Room in the memory order of a tensor, with another last axis. (Packed: zeros, because rows that lie in no document
-    are in no tile.)"""
+    """Room in the memory order of a tensor, with another last axis. (Packed: zeros, because rows that lie in no
+    document are in no tile.)"""
     if like.dim() == 3:
         return torch.zeros((*several, *like.shape[:2], size), dtype=like.dtype, device=like.device)
     batch, heads, length, _ = like.shape
@@ -255,13 +251,18 @@ def _lse_strides(name: str, lse: Tensor, query: Tensor, with_rows: bool) -> dict
 
 
 def _bias_strides(bias: Tensor | None) -> dict[str, int]:
-    strides = (0, 0, 0, 0) if bias is None else tuple(0 if n == 1 else s for n, s in zip(bias.shape, bias.stride(), strict=True))
+    strides = (
+        (0, 0, 0, 0)
+        if bias is None
+        else tuple(0 if n == 1 else s for n, s in zip(bias.shape, bias.stride(), strict=True))
+    )
     return dict(zip(("s_bn", "s_bh", "s_ba", "s_bb"), strides, strict=True))
 
 
 def _mask(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> dict[str, Any]:
     """attn_mask broadcast by strides of 0."""
-    kind, strides = 0, (0, 0, 0, 0)
+    kind = 0
+    strides: tuple[int, ...] = (0, 0, 0, 0)
     if attn_mask is not None:
         kind = 1 if attn_mask.dtype == torch.bool else 2
         attn_mask = attn_mask.view(torch.uint8) if kind == 1 else attn_mask
@@ -290,14 +291,10 @@ def _lists(lists: Sequence[Tensor], passes: Sequence[int], device: torch.device)
     }  # fmt: skip
 
 
-def _padded(x: Tensor) -> int:
-    """A head size as a block: a power of two, at least what a tensor core takes."""
-    return max(16, 1 << (x.shape[-1] - 1).bit_length())
-
-
 def _blocks(query: Tensor, value: Tensor, config: Sequence[int]) -> dict[str, Any]:
     block_q, block_k, warps, stages = config
     return {
-        "D": query.shape[-1], "E": value.shape[-1], "BLOCK_D": _padded(query), "BLOCK_E": _padded(value),
+        "D": query.shape[-1], "BLOCK_D": padded(query.shape[-1]),
+        "E": value.shape[-1], "BLOCK_E": padded(value.shape[-1]),
         "BLOCK_Q": block_q, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages,
     }  # fmt: skip

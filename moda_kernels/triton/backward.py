@@ -4,6 +4,8 @@ Nothing is added up in memory by atomics: every program owns what it writes, so 
 execution. `backward_keys.py` has the keys' side.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 import triton
 import triton.language as tl
 
@@ -30,8 +32,8 @@ def attention_row_sums(
     query_heads, query_length, all_rows,
     E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_Q: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """delta = w (do · o) - dlse and lse in log2 (+inf where a row sees nothing), by branch, head and flat row; and, summed
-    over each tile, what d base, d decay and d branch_weights are made of.
+    """delta = w (do · o) - dlse and lse in log2 (+inf where a row sees nothing), by branch, head and flat row; and,
+    summed over each tile, what d base, d decay and d branch_weights are made of.
 
     Grid: (query tiles, query heads). p_sums: [tiles, heads, branches, 3].
     """
@@ -81,7 +83,8 @@ def _walk(
     p_k, p_v, p_list, i_begin, i_end, p_limits, p_keys, p_mask,
     begin, end, row, rows, o_q, all_rows, s_kt, s_vt, s_mq, s_mk, scale,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PARTIAL: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PARTIAL: tl.constexpr,
+    MASK: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq (without the scale) and row sums of ds over listed key tiles."""
     o_k = tl.arange(0, BLOCK_K)
@@ -143,13 +146,13 @@ def _pass(
     full, every = tl.load(p_counts + i_list * 2), tl.load(p_counts + i_list * 2 + 1)
     p_keys += i_pass * all_keys
     b_dq, b_db = _walk(
-        b_dq, b_db, b_query, b_do, b_limit, b_delta, weight, i_pass, p_k, p_v, p_list, 0, full, p_limits, p_keys, p_mask,
-        begin, end, row, rows, o_q, all_rows, s_kt, s_vt, s_mq, s_mk, scale,
+        b_dq, b_db, b_query, b_do, b_limit, b_delta, weight, i_pass, p_k, p_v, p_list, 0, full, p_limits, p_keys,
+        p_mask, begin, end, row, rows, o_q, all_rows, s_kt, s_vt, s_mq, s_mk, scale,
         D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, False, MASK, p_bias is not None, SPLIT, PRECISION,
     )  # fmt: skip
     b_dq, b_db = _walk(
-        b_dq, b_db, b_query, b_do, b_limit, b_delta, weight, i_pass, p_k, p_v, p_list, full, every, p_limits, p_keys, p_mask,
-        begin, end, row, rows, o_q, all_rows, s_kt, s_vt, s_mq, s_mk, scale,
+        b_dq, b_db, b_query, b_do, b_limit, b_delta, weight, i_pass, p_k, p_v, p_list, full, every, p_limits, p_keys,
+        p_mask, begin, end, row, rows, o_q, all_rows, s_kt, s_vt, s_mq, s_mk, scale,
         D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, True, MASK, p_bias is not None, SPLIT, PRECISION,
     )  # fmt: skip
     if p_bias is not None:
@@ -217,7 +220,8 @@ def attention_backward_query(
                 b_dq = _pass(
                     b_dq, b_query, b_do, b_limit, b_delta, weight, i_pass, i_batch, i_head, i_tile, p_k, p_v,
                     p_dbias, p_bias, p_mask, p_limits, p_keys, p_row_modality, p_lists, p_counts,
-                    p_modalities, begin, end, row, rows, o_q, all_rows, all_keys, tiles, width, modalities, query_heads, scale,
+                    p_modalities, begin, end, row, rows, o_q, all_rows, all_keys, tiles, width, modalities,
+                    query_heads, scale,
                     s_kt, s_vt, s_bn, s_bh, s_ba, s_bb, s_mq, s_mk,
                     D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, SPLIT, MASK, PRECISION,
                 )  # fmt: skip
@@ -228,7 +232,8 @@ def attention_backward_query(
                 b_dq = _pass(
                     b_dq, b_query, b_do, b_limit, b_delta, weight, i_pass, i_batch, i_head, i_tile, p_k, p_v,
                     p_dbias, p_bias, p_mask, p_limits, p_keys, p_row_modality, p_lists, p_counts,
-                    p_modalities, begin, end, row, rows, o_q, all_rows, all_keys, tiles, width, modalities, query_heads, scale,
+                    p_modalities, begin, end, row, rows, o_q, all_rows, all_keys, tiles, width, modalities,
+                    query_heads, scale,
                     s_kt, s_vt, s_bn, s_bh, s_ba, s_bb, s_mq, s_mk,
                     D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, SPLIT, MASK, PRECISION,
                 )  # fmt: skip

@@ -1,8 +1,10 @@
-"""Attention backward, the keys' side: one program owns a key tile of one key head, walks the query tiles that see it and,
-inside, the query heads that share it, so dk and dv need neither atomics nor a second pass.
+"""Attention backward, the keys' side: one program owns a key tile of one key head, walks the query tiles that see it
+and, inside, the query heads that share it, so dk and dv need neither atomics nor a second pass.
 
 Scores stand transposed, keys by queries: their exponentials then feed the next product from registers.
 """
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 import triton
 import triton.language as tl
@@ -26,7 +28,8 @@ def _walk(
     p_limits, p_keys, p_row_modality, p_mask, o_column, o_flat, rows, i_branch, i_key_head,
     s_qh, s_qt, s_dh, s_dt, s_bh, s_ba, s_mh, s_mq, s_mk, query_heads, group, all_rows, scale,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PARTIAL: tl.constexpr, MASK: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PARTIAL: tl.constexpr,
+    MASK: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk (without the scale) and dv over listed query tiles and the heads of the group, one after the other."""
     o_q = tl.arange(0, BLOCK_Q)
@@ -105,13 +108,15 @@ def _pass(
         p_bias_pass = p_bias + i_modality * s_bb
     p_keys += i_pass * all_keys
     b_dk, b_dv = _walk(
-        b_dk, b_dv, b_k, b_v, i_pass, token, count, p_q, p_dout, p_limit, p_delta, p_bias_pass, p_weights, p_list, 0, full,
+        b_dk, b_dv, b_k, b_v, i_pass, token, count, p_q, p_dout, p_limit, p_delta, p_bias_pass, p_weights, p_list,
+        0, full,
         p_limits, p_keys, p_row_modality, p_mask, o_column, o_flat, rows, i_branch, i_key_head,
         s_qh, s_qt, s_dh, s_dt, s_bh, s_ba, s_mh, s_mq, s_mk, query_heads, group, all_rows, scale,
         D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, False, MASK, SPLIT, PRECISION,
     )  # fmt: skip
     b_dk, b_dv = _walk(
-        b_dk, b_dv, b_k, b_v, i_pass, token, count, p_q, p_dout, p_limit, p_delta, p_bias_pass, p_weights, p_list, full, every,
+        b_dk, b_dv, b_k, b_v, i_pass, token, count, p_q, p_dout, p_limit, p_delta, p_bias_pass, p_weights, p_list,
+        full, every,
         p_limits, p_keys, p_row_modality, p_mask, o_column, o_flat, rows, i_branch, i_key_head,
         s_qh, s_qt, s_dh, s_dt, s_bh, s_ba, s_mh, s_mq, s_mk, query_heads, group, all_rows, scale,
         D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, True, MASK, SPLIT, PRECISION,

@@ -71,6 +71,18 @@ class ProjectConfig(Launch):
     block_e: int
 
 
+@dataclass(frozen=True)
+class AttentionConfig(Launch):
+    """Rows of a tile of queries and of a tile of keys."""
+
+    block_q: int
+    block_k: int
+
+    def numbers(self) -> list[int]:
+        """As operators take them, see `attention.py`."""
+        return [self.block_q, self.block_k, self.num_warps, self.num_stages]
+
+
 GramTable = Mapping[int, Mapping[int, Mapping[int, GramConfig]]]
 ProjectTable = Mapping[int, Mapping[int, Mapping[int, ProjectConfig]]]
 
@@ -110,3 +122,43 @@ UNIT_PROJECT: ProjectTable = {
         32: _UNIT_PROJECT_32,
     },
 }
+
+
+# Attention. 16 bits: what keeps accumulators in registers decides. sm_90: a side that stays in place needs 128 rows for
+# 8 warps, or products are computed twice; a loop whose first loads wait for a list entry uses a stage for it. sm_80 has
+# no asynchronous products, so scores and weights take registers beside the accumulator. 32 bits: exact products have no
+# tensor cores; small tiles keep operands in registers. Sizes are the larger of both head sizes, as blocks.
+AttentionTable = Mapping[int, Mapping[int, Mapping[int, AttentionConfig]]]
+_A = AttentionConfig
+
+_FORWARD_32 = {64: _A(4, 2, 64, 32), 128: _A(8, 2, 64, 32), 256: _A(8, 1, 32, 32)}
+FORWARD: AttentionTable = {
+    80: {16: {64: _A(8, 3, 128, 64), 128: _A(8, 3, 128, 64), 256: _A(8, 2, 128, 32)}, 32: _FORWARD_32},
+    90: {16: {64: _A(8, 3, 128, 128), 128: _A(8, 3, 128, 64), 256: _A(8, 2, 128, 32)}, 32: _FORWARD_32},
+    100: {16: {64: _A(8, 3, 128, 128), 128: _A(8, 3, 128, 64), 256: _A(8, 2, 128, 32)}, 32: _FORWARD_32},
+}
+
+# The turned query stays in registers, where the query itself is read from shared memory.
+FOLDED: AttentionTable = {
+    80: {16: {64: _A(8, 3, 128, 64), 128: _A(8, 2, 128, 32), 256: _A(8, 1, 64, 32)}, 32: _FORWARD_32},
+    90: {16: {64: _A(8, 3, 128, 64), 128: _A(8, 2, 128, 64), 256: _A(8, 1, 128, 32)}, 32: _FORWARD_32},
+    100: {16: {64: _A(8, 3, 128, 64), 128: _A(8, 2, 128, 64), 256: _A(8, 1, 128, 32)}, 32: _FORWARD_32},
+}
+
+_QUERY_32 = {64: _A(4, 2, 64, 32), 128: _A(8, 2, 64, 32), 256: _A(8, 1, 32, 32)}
+BACKWARD_QUERY: AttentionTable = {
+    80: {16: {64: _A(8, 3, 128, 64), 128: _A(4, 2, 64, 64), 256: _A(8, 2, 64, 32)}, 32: _QUERY_32},
+    90: {16: {64: _A(8, 3, 128, 64), 128: _A(8, 3, 128, 64), 256: _A(8, 2, 128, 32)}, 32: _QUERY_32},
+    100: {16: {64: _A(8, 3, 128, 64), 128: _A(8, 2, 128, 64), 256: _A(8, 2, 128, 32)}, 32: _QUERY_32},
+}
+
+# Two accumulators: at 256 they fill the registers whatever the tile, and 32 rows are below what wgmma takes.
+_KEYS_32 = {64: _A(4, 2, 32, 32), 128: _A(8, 1, 32, 32), 256: _A(8, 1, 16, 32)}
+BACKWARD_KEYS: AttentionTable = {
+    80: {16: {64: _A(8, 3, 64, 128), 128: _A(8, 2, 128, 64), 256: _A(4, 2, 32, 32)}, 32: _KEYS_32},
+    90: {16: {64: _A(8, 3, 64, 128), 128: _A(8, 3, 64, 128), 256: _A(4, 2, 32, 32)}, 32: _KEYS_32},
+    100: {16: {64: _A(8, 3, 64, 128), 128: _A(8, 2, 64, 128), 256: _A(4, 2, 32, 32)}, 32: _KEYS_32},
+}
+
+#: In the interpreter time goes by operations, and shapes of a few dozen tokens should still make several tiles.
+INTERPRETED = {"forward": _A(1, 1, 32, 16), "query": _A(1, 1, 16, 32), "keys": _A(1, 1, 32, 32)}

@@ -2,10 +2,12 @@
 
 It goes through *branches* (one softmax each: one in joint attention, own and other modalities in split), in a branch
 through *passes* (keys of some modalities under one rule, see `primitives.py`), in a pass first through full tiles,
-without mask arithmetic, then through partial ones. Per pass the query may be turned by the key map (q·(kA) = (qAᵀ)·k, so
-fused keys are never written), and a pair bias is a constant per row: it shifts the running maximum and costs nothing
-per tile. Pseudo scores are one more term of the final sum.
+without mask arithmetic, then through partial ones. Per pass the query may be turned by the key map
+(q·(kA) = (qAᵀ)·k, so fused keys are never written), and a pair bias is a constant per row: it shifts the running
+maximum and costs nothing per tile. Pseudo scores are one more term of the final sum.
 """
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 import triton
 import triton.language as tl

@@ -1,11 +1,13 @@
 """What each query row sees in each pass, as one interval of positions, written once per layout.
 
-PAST is an interval of positions that ends at the query's own; SEGMENT is one around it, because the tokens of a segment
-have consecutive positions; both contain the query, so their union is an interval too. Inside it the keys beyond PAST are
-those of the query's own segment. So a kernel compares a key's position with two numbers per row, whatever the rules.
+PAST is an interval of positions that ends at the query's own; SEGMENT is one around it, because the tokens of a
+segment have consecutive positions; both contain the query, so their union is an interval too, and in it the keys beyond
+PAST are those of the query's own segment. So a kernel compares a key's position with two numbers per row, whatever the
+rules.
 """
 
-import torch
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 import triton
 import triton.language as tl
 from torch import Tensor

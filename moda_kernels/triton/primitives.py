@@ -1,9 +1,12 @@
 """What the attention kernels share: where a tile lies, who sees whom, loads that padding cannot poison, log P.
 
-Conventions of all kernels: `b_` values of a tile, `p_` pointers, `o_` offsets, `i_` indices, `s_` strides; a comment gives
-each tile's shape. Scores are kept in log2 (`exp2` is the instruction a GPU has). A *pass* visits the keys of some
-modalities that each query modality sees by one rule; what a row sees in it is then one interval of positions (`limits.py`).
+Conventions of all kernels: `b_` values of a tile, `p_` pointers, `o_` offsets, `i_` indices, `s_` strides; a comment
+gives each tile's shape. Scores are kept in log2 (`exp2` is the instruction a GPU has). A *pass* visits the keys of some
+modalities that each query modality sees by one rule; what a row sees in it is then one interval of positions
+(`limits.py`).
 """
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 import triton
 import triton.language as tl
@@ -120,4 +123,3 @@ def log_pseudo_mass_slope(decay, b_count):
     finite = b_c * _log_mean_decay_slope(decay * b_c) - _log_mean_decay_slope(decay)
     endless = -_log_mean_decay_slope(decay) - 1.0 / decay
     return tl.where(b_count < 0, endless, finite)
-

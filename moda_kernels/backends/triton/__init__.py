@@ -14,7 +14,7 @@ from moda_kernels.keymap import ModalityMap
 from moda_kernels.layout import ModalityLayout
 from moda_kernels.ops.attention import AttentionPlan, ModaAttention
 from moda_kernels.tiles import MAX_MODALITIES, MAX_TOKENS
-from moda_kernels.triton import attention_configs as configs
+from moda_kernels.triton import configs
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_DIM = 256
@@ -76,25 +76,31 @@ class TritonBackend:
         tensors = (call.query, key, call.value, matrix, call.pair_bias, base, decay, weights)
         differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
         passes = make_passes(call.mask, call.split, call.pair_bias is not None or matrix is not None)
-        chosen = configs.choose(call.query.dtype, call.query.shape[-1], call.value.shape[-1], device)
-        *lists, overflow = query_tile_lists(layout, queries, passes, *chosen.forward[:2])
+        window = call.mask.window
+        of_forward, of_query, of_keys = configurations(call, matrix is not None)
+        *lists, overflow = query_tile_lists(layout, queries, passes, *of_forward[:2])
+        backward_facts: tuple[Tensor, ...] = ()
         query_lists: tuple[Tensor, ...] = ()
         key_lists: tuple[Tensor, ...] = ()
+        backward = make_passes(call.mask, call.split, call.pair_bias is not None)
         if differentiable:
-            query_lists = query_tile_lists(layout, queries, passes, *chosen.query[:2])[:4]
-            key_lists = key_tile_lists(layout, queries, passes, *chosen.keys[:2])[:4]
+            backward_facts = row_facts(layout, queries, backward, window)
+            query_lists = query_tile_lists(layout, queries, backward, *of_query[:2])[:4]
+            key_lists = key_tile_lists(layout, queries, backward, *of_keys[:2])[:4]
         plan = AttentionPlan(
-            facts=row_facts(layout, queries, passes, call.mask.window),
+            facts=row_facts(layout, queries, passes, window),
             passes=passes.numbers,
             count=count,
             fault=None if layout.overflow is None else (layout.overflow | (overflow > 0)).int(),
             lists=tuple(lists),
-            config=tuple(chosen.forward),
+            config=of_forward,
+            backward_facts=backward_facts,
+            backward_passes=backward.numbers,
             query_lists=query_lists,
-            query_config=tuple(chosen.query),
+            query_config=of_query,
             key_lists=key_lists,
-            key_config=tuple(chosen.keys),
-            group=None if matrix is None else layout.groups("modality"),
+            key_config=of_keys,
+            grouping=None if matrix is None else layout.grouping("modality"),
             scale=call.scale,
         )
         out, lse, _ = ModaAttention.apply(*tensors, call.attn_mask, plan)
@@ -111,6 +117,17 @@ def folds(call: AttentionCall) -> bool:
         return False
     keys = call.layout.num_tokens // max(call.layout.num_sequences, 1)
     return keys >= FOLD_FROM * call.layout.num_modalities * call.key.shape[-1]
+
+
+def configurations(call: AttentionCall, folded: bool) -> tuple[tuple[int, ...], ...]:
+    """Blocks of queries and keys, warps and stages of the forward and of the backward's two kernels."""
+    device = call.query.device
+    if device.type != "cuda":
+        return tuple(tuple(configs.INTERPRETED[kind].numbers()) for kind in ("forward", "query", "keys"))
+    architecture, bits = configs.architecture(device), torch.finfo(call.query.dtype).bits
+    size = max(configs.padded(call.query.shape[-1]), configs.padded(call.value.shape[-1]))
+    tables = (configs.FOLDED if folded else configs.FORWARD, configs.BACKWARD_QUERY, configs.BACKWARD_KEYS)
+    return tuple(tuple(configs.find(table, architecture, bits, size).numbers()) for table in tables)
 
 
 def _per_head(value: float | Tensor, heads: int, device: torch.device) -> Tensor:

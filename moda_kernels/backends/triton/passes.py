@@ -1,8 +1,8 @@
 """From rules to what kernels walk: passes over key modalities, and the tile lists of each.
 
-A kernel's visibility test knows one rule per query row. So key modalities that every query modality treats alike share a
-pass, and others get passes of their own: causal masks, "images see themselves whole" and full ones need one. Where
-something belongs to the key's modality (a pair bias, a key map folded into the query) each modality is a pass.
+A kernel's visibility test knows one rule per query row. So key modalities that every query modality treats alike
+share a pass, and others get passes of their own: causal masks, "images see themselves whole" and full ones need one.
+Where something belongs to the key's modality (a pair bias, a key map folded into the query) each modality is a pass.
 """
 
 import functools
