@@ -69,6 +69,11 @@ def same_device(name: str, value: Tensor, device: torch.device, like: str) -> No
         raise wrong_value(name, f"a tensor on {device}, where {like} is", value)
 
 
+def looks_at_values(device: torch.device) -> bool:
+    """Whether numbers inside tensors are looked at: on the CPU, and not while a compiler traces, which has none."""
+    return device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def choice(name: str, value: object, options: Iterable[str]) -> str:
     options = tuple(options)
     if not isinstance(value, str) or value not in options:

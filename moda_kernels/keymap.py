@@ -73,7 +73,7 @@ class KeyMap:
         mine, theirs = self.layout.modality, layout.modality
         fits = (mine.shape, mine.device, self.num_modalities) == (theirs.shape, theirs.device, layout.num_modalities)
         # On CUDA values are not looked at.
-        if fits and mine.device.type == "cpu":
+        if fits and checks.looks_at_values(mine.device):
             fits = torch.equal(self.layout.segment, layout.segment) and torch.equal(mine, theirs)
             fits = fits and torch.equal(self.layout.cu_seqlens, layout.cu_seqlens)
         if not fits:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moda_kernels import checks, native, ops
+from moda_kernels.ops.library import operator
 
 T = TypeVar("T")
 
@@ -250,7 +251,7 @@ def segment_modalities(
             of range counts as padding, and too many segments poison outputs with NaN.
     """
     cu_seqlens = _check_arguments(modality_ids, item_ids, cu_seqlens)
-    on_cpu = modality_ids.device.type == "cpu"
+    on_cpu = checks.looks_at_values(modality_ids.device)
     if modality_ids.dtype in (torch.int8, torch.uint8):
         modality_ids = modality_ids.int()  # -1 and M are to be compared with
     if num_modalities is None:
@@ -278,9 +279,7 @@ def segment_modalities(
     modality = torch.where(in_range, modality_ids, -1).int().flatten()
     items = None if item_ids is None else item_ids.long().flatten().contiguous()
     cu_seqlens = cu_seqlens.to(torch.int32, copy=True).contiguous()
-    segment_tokens = native.segment_tokens if native.runs_on(modality.device) else segment_tokens_torch
-    segment_table = native.segment_table if native.runs_on(modality.device) else segment_table_torch
-    segment, position, sequence, prefix, num_segments = segment_tokens(modality, items, cu_seqlens, num_modalities)
+    segment, position, sequence, prefix, num_segments = _op_segment_tokens(modality, items, cu_seqlens, num_modalities)
 
     if max_segments is None or on_cpu:
         segments = int(num_segments)
@@ -302,7 +301,7 @@ def segment_modalities(
         max_segments=max_segments,
         num_segments=num_segments,
         prefix=prefix,
-        table=segment_table(modality, segment, sequence, max_segments),
+        table=_op_segment_table(modality, segment, sequence, max_segments),
         faults=faults,
     )
 
@@ -354,6 +353,43 @@ def segment_table_torch(modality: Tensor, segment: Tensor, sequence: Tensor, max
     table[:, 2].scatter_add_(0, row, torch.ones_like(tokens))
     table[:, 3].scatter_(0, row, modality)
     return torch.where(table[:, 2:3] > 0, table, 0)[:max_segments].contiguous()
+
+
+def _segment_tokens(
+    modality: Tensor, items: Tensor | None, cu_seqlens: Tensor, num_modalities: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    segment_tokens = native.segment_tokens if native.runs_on(modality.device) else segment_tokens_torch
+    return segment_tokens(modality, items, cu_seqlens, num_modalities)
+
+
+def _segment_tokens_fake(
+    modality: Tensor, items: Tensor | None, cu_seqlens: Tensor, num_modalities: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tokens = modality.numel()
+    per_token = (torch.empty_like(modality) for _ in range(3))
+    return *per_token, modality.new_empty(tokens + 1, num_modalities), modality.new_empty(1)  # type: ignore[return-value]
+
+
+def _segment_table(modality: Tensor, segment: Tensor, sequence: Tensor, max_segments: int) -> Tensor:
+    segment_table = native.segment_table if native.runs_on(modality.device) else segment_table_torch
+    return segment_table(modality, segment, sequence, max_segments)
+
+
+def _segment_table_fake(modality: Tensor, segment: Tensor, sequence: Tensor, max_segments: int) -> Tensor:
+    return modality.new_empty(max_segments, 4)
+
+
+_op_segment_tokens = operator(
+    "_segment_tokens(Tensor modality, Tensor? items, Tensor cu_seqlens, int num_modalities)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _segment_tokens,
+    _segment_tokens_fake,
+)
+_op_segment_table = operator(
+    "_segment_table(Tensor modality, Tensor segment, Tensor sequence, SymInt max_segments) -> Tensor",
+    _segment_table,
+    _segment_table_fake,
+)
 
 
 def _check_arguments(modality_ids: Tensor, item_ids: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
@@ -419,7 +455,7 @@ def _query_rows(
 
     spare = key_ends - key_starts - lengths
     offset = spare if query_start is None else _start_offsets(layout, query_start)
-    if device.type == "cpu" and query_start is not None and bool(((offset < 0) | (offset > spare)).any()):
+    if checks.looks_at_values(device) and query_start is not None and bool(((offset < 0) | (offset > spare)).any()):
         raise checks.wrong_value(
             "query_start", "0 <= query_start <= keys - queries in every sequence", f"{_abridged(offset)}"
         )
@@ -448,7 +484,7 @@ def _packed_queries(
             raise checks.wrong_value("cu_seqlens_q", f"the documents of the {length} queries (keys: {tokens})", None)
         return (length,), layout.cu_seqlens
     cu_q = cu_seqlens_argument("cu_seqlens_q", cu_seqlens_q, layout.device, layout.num_sequences)
-    if layout.device.type == "cpu":
+    if checks.looks_at_values(layout.device):
         if _bad_bounds(cu_q, length):
             raise checks.wrong_value(
                 "cu_seqlens_q", f"non-decreasing offsets from 0 to the {length} queries", _abridged(cu_q)

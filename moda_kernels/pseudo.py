@@ -77,7 +77,8 @@ def _check_pseudo_parameter(name: str, value: float | Tensor, holds: Callable[[A
         checks.float_tensor(name, value)
         if value.dim() != 1:
             raise checks.wrong_value(name, "a float or a tensor [Hq]", value)
-        if value.device.type == "cpu" and not bool((holds(value.detach()) & torch.isfinite(value.detach())).all()):
+        looked_at = checks.looks_at_values(value.device)
+        if looked_at and not bool((holds(value.detach()) & torch.isfinite(value.detach())).all()):
             raise checks.wrong_value(name, f"{expected} numbers", f"{value.detach().tolist()}")
     elif isinstance(value, bool) or not isinstance(value, int | float):
         raise checks.wrong_type(name, "a float or a tensor [Hq]", value)

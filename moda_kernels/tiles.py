@@ -7,6 +7,7 @@ columns overlap, is decided by looking at the pair's tokens). The native extensi
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from moda_kernels import checks, native
 from moda_kernels.layout import ModalityLayout, QueryRows
 from moda_kernels.mask import ModularMask, Visibility, visible_pair
+from moda_kernels.ops.library import operator
 
 #: Sequences up to this length have exact lists; beyond it the lists' memory would outgrow the keys.
 MAX_TOKENS = 65536
@@ -71,7 +73,7 @@ def tile_lists(
         raise checks.wrong_value(
             "mask", f"at most {MAX_MODALITIES} modalities for tile lists", f"{mask.num_modalities}"
         )
-    if layout.device.type == "cpu" and layout.num_sequences:
+    if checks.looks_at_values(layout.device) and layout.num_sequences:
         longest = int(layout.cu_seqlens.diff().max())
     else:
         longest = 0 if layout.packed else layout.modality.shape[-1]
@@ -79,12 +81,11 @@ def tile_lists(
         raise checks.wrong_value(
             "layout", f"sequences of at most {MAX_TOKENS} tokens for tile lists", f"{longest} tokens"
         )
-    make = native.tile_lists if native.runs_on(layout.device) else tile_lists_torch
     rules = [int(rule) for row in mask.rules for rule in row]
     shapes = _capacities(layout, queries, block_q, block_k)
-    made = make(
+    made = _op_tile_lists(
         layout.modality.flatten(), layout.segment.flatten(), layout.position.flatten(), layout.cu_seqlens,
-        queries.cu_seqlens, queries.first_column, rules, mask.window, block_q, block_k, shapes,
+        queries.cu_seqlens, queries.first_column, rules, mask.window, block_q, block_k, list(shapes),
     )  # fmt: skip
     return TileLists(*made)
 
@@ -177,6 +178,27 @@ def tile_lists_torch(
     k_local = k_local.clamp(0, key_width - 1).long()[:, None]
     t_seen, t_full = seen[t_ids, k_local] & t_exists, full[t_ids, k_local] & t_exists
     return q_tiles, k_tiles, *_compact(k_ids, seen, full), *_compact(t_ids, t_seen, t_full), overflow
+
+
+def _tile_lists(modality: Tensor, *arguments: Any) -> list[Tensor]:
+    make = native.tile_lists if native.runs_on(modality.device) else tile_lists_torch
+    *before, shapes = arguments
+    return [t.contiguous() for t in make(modality, *before, tuple(shapes))]
+
+
+def _tile_lists_fake(modality: Tensor, *arguments: Any) -> list[Tensor]:
+    query_tiles, key_tiles, key_width, query_width = arguments[-1]
+    shapes = ((query_tiles, 3), (key_tiles, 3), (query_tiles, key_width), (query_tiles, 2), (key_tiles, query_width),
+              (key_tiles, 2), (1,))  # fmt: skip
+    return [modality.new_empty(shape, dtype=torch.int32) for shape in shapes]
+
+
+_op_tile_lists = operator(
+    "_tile_lists(Tensor modality, Tensor segment, Tensor position, Tensor cu_seqlens, Tensor cu_seqlens_q, "
+    "Tensor first_column, int[] rules, int? window, int block_q, int block_k, SymInt[] capacities) -> Tensor[]",
+    _tile_lists,
+    _tile_lists_fake,
+)
 
 
 def _cut(cu_seqlens: Tensor, block: int, capacity: int) -> tuple[Tensor, Tensor]:

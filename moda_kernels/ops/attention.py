@@ -13,22 +13,7 @@ from torch import Tensor
 
 from moda_kernels.grouped import Grouping
 from moda_kernels.ops.grouped import segment_gram, segment_project
-
-_LIBRARY = torch.library.Library("moda_kernels", "FRAGMENT")
-_MORE = "Tensor? bias, Tensor? base, Tensor? decay, Tensor? weights, Tensor? attn_mask, Tensor? count"
-_LIBRARY.define(
-    f"attention(Tensor query, Tensor key, Tensor value, Tensor? matrix, {_MORE}, Tensor? fault, Tensor[] facts, "
-    "Tensor[] lists, int[] passes, int[] config, float scale) -> (Tensor, Tensor, Tensor)"
-)
-_LIBRARY.define(
-    "attention_backward(Tensor dout, Tensor dlse, Tensor out, Tensor lse, Tensor query, Tensor key, Tensor value, "
-    f"{_MORE}, Tensor[] facts, Tensor[] query_lists, Tensor[] key_lists, int[] passes, int[] query_config, "
-    "int[] key_config, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-_LIBRARY.define(
-    "attention_limits(Tensor modality, Tensor position, Tensor segment, Tensor table, Tensor columns, int[] passes, "
-    "int window) -> (Tensor, Tensor, Tensor)"
-)
+from moda_kernels.ops.library import operator, register_vmap
 
 
 def _limits(
@@ -74,12 +59,26 @@ def _attention_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     return attention.backward_outputs(*arguments)
 
 
-_LIBRARY.impl("attention_limits", _limits, "CompositeExplicitAutograd")
-_LIBRARY.impl("attention", _attention, "CompositeExplicitAutograd")
-_LIBRARY.impl("attention_backward", _attention_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("moda_kernels::attention_limits", _limits_fake, lib=_LIBRARY)
-torch.library.register_fake("moda_kernels::attention", _attention_fake, lib=_LIBRARY)
-torch.library.register_fake("moda_kernels::attention_backward", _attention_backward_fake, lib=_LIBRARY)
+_MORE = "Tensor? bias, Tensor? base, Tensor? decay, Tensor? weights, Tensor? attn_mask, Tensor? count"
+op_attention_limits = operator(
+    "_attention_limits(Tensor modality, Tensor position, Tensor segment, Tensor table, Tensor columns, int[] passes, "
+    "int window) -> (Tensor, Tensor, Tensor)",
+    _limits,
+    _limits_fake,
+)
+_op_attention = operator(
+    f"_attention(Tensor query, Tensor key, Tensor value, Tensor? matrix, {_MORE}, Tensor? fault, Tensor[] facts, "
+    "Tensor[] lists, int[] passes, int[] config, float scale) -> (Tensor, Tensor, Tensor)",
+    _attention,
+    _attention_fake,
+)
+_op_attention_backward = operator(
+    "_attention_backward(Tensor dout, Tensor dlse, Tensor out, Tensor lse, Tensor query, Tensor key, Tensor value, "
+    f"{_MORE}, Tensor[] facts, Tensor[] query_lists, Tensor[] key_lists, int[] passes, int[] query_config, "
+    "int[] key_config, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _attention_backward,
+    _attention_backward_fake,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +141,7 @@ class ModaAttention(torch.autograd.Function):
         attn_mask: Tensor | None,
         plan: AttentionPlan,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        out, parts, lse = torch.ops.moda_kernels.attention(
+        out, parts, lse = _op_attention(
             query, key, value, matrix, bias, base, decay, weights, attn_mask, plan.count, plan.fault,
             list(plan.facts), list(plan.lists), list(plan.passes), list(plan.config), plan.scale,
         )  # fmt: skip
@@ -164,64 +163,65 @@ class ModaAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor, dlse: Tensor, dparts: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        needed = tuple(ctx.needs_input_grad[:8])
-        grads = _Gradient.apply(dout, dlse, needed, ctx.numbers, *saved)
-        return *grads, None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
-        """One call per entry: entries share the layout, so nothing is gained by folding them into the batch."""
-        return _one_by_one(ModaAttention, info, in_dims, inputs)
-
-
-class _Gradient(torch.autograd.Function):
-    """The backward, as a Function of its own: its own backward says that there is none."""
-
-    @staticmethod
-    def forward(
-        dout: Tensor, dlse: Tensor, needed: tuple[bool, ...], numbers: tuple[Any, ...], *saved: Any
-    ) -> tuple[Tensor | None, ...]:
         query, key, value, matrix, bias, base, decay, weights, attn_mask, out, lse, count = saved[:12]
         grouping, facts, query_lists, key_lists = saved[12:15], saved[15:21], saved[21:25], saved[25:29]
-        passes, query_config, key_config, scale = numbers
+        passes, query_config, key_config, scale = ctx.numbers
+        needed = ctx.needs_input_grad
         fused = key
         if matrix is not None:
             # Folded again, a map would take three products per tile and pass; written, it takes one per key.
             fused = _by_token(segment_project(_by_token(key), matrix.flatten(0, 1), Grouping(*grouping), keep=True))
-        dq, dk, dv, bias_sums, sums = torch.ops.moda_kernels.attention_backward(
+        dq, dk, dv, bias_sums, sums = _op_attention_backward(
             dout, dlse, out, lse, query, fused, value, bias, base, decay, weights, attn_mask, count,
-            list(facts), list(query_lists), list(key_lists), list(passes), list(query_config), list(key_config),
-            scale,
+            list(facts), list(query_lists), list(key_lists), list(passes), list(query_config), list(key_config), scale,
         )  # fmt: skip
-        dmatrix = None
+        dmatrix = dbias = dbase = ddecay = dweights = None
         if matrix is not None:
             # So far dk is that of the fused keys k A. Padding has none.
             by_group, dfused = matrix.flatten(0, 1), _by_token(dk)
             if needed[3]:
                 dmatrix = segment_gram(_by_token(key), dfused, Grouping(*grouping)).view(matrix.shape).to(matrix.dtype)
             dk = _by_token(segment_project(dfused, by_group.transpose(-1, -2), Grouping(*grouping)))
-        dbias = (
-            None if bias is None or not needed[4] else _bias_gradient(bias, bias_sums, query_lists[0], passes, facts[4])
-        )
+        if bias is not None and needed[4]:
+            dbias = _bias_gradient(bias, bias_sums, query_lists[0], passes, facts[4])
         per_head = sums.sum(0)  # [heads, branches, 3]
-        dbase = None if base is None or not needed[5] else per_head[..., 1].sum(1)
-        ddecay = None if decay is None or not needed[6] else per_head[..., 2].sum(1)
-        dweights = None if weights is None or not needed[7] else per_head[..., 0].T.contiguous()
-        return dq, dk, dv, dmatrix, dbias, dbase, ddecay, dweights
+        if base is not None and needed[5]:
+            dbase = per_head[..., 1].sum(1)
+        if decay is not None and needed[6]:
+            ddecay = per_head[..., 2].sum(1)
+        if weights is not None and needed[7]:
+            dweights = per_head[..., 0].T.contiguous()
+        grads = (dq, dk, dv, dmatrix, dbias, dbase, ddecay, dweights)
+        if torch.is_grad_enabled():
+            of = [t for t in (dout, dlse, query, key, value, matrix, bias, base, decay, weights) if t is not None]
+            witness = torch.cat([t.reshape(-1)[:0].float() for t in of])
+            grads = tuple(None if g is None else _Once.apply(g, witness) for g in grads)
+        return *grads, None, None
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+        """One call per entry: entries share the layout, so nothing is gained by folding them into the batch."""
+        return _one_by_one(ModaAttention.apply, info, in_dims, inputs)
+
+
+class _Once(torch.autograd.Function):
+    """A gradient as it is, which has none itself. witness: an empty tensor with the graph of all that it depends on."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad: Tensor, witness: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         pass
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         raise NotImplementedError(
             "moda_attention on the Triton kernels has no second derivative: use backend='reference' for it"
         )
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
-        return _one_by_one(_Gradient, info, in_dims, inputs)
 
 
 def _by_token(x: Tensor) -> Tensor:
@@ -246,11 +246,17 @@ def _bias_gradient(bias: Tensor, sums: Tensor, tiles: Tensor, passes: Sequence[i
     return torch.stack(columns, -1).to(bias.dtype)
 
 
-def _one_by_one(function: Any, info: Any, in_dims: tuple[Any, ...], inputs: tuple[Any, ...]) -> tuple[Any, Any]:
+def _one_by_one(call: Any, info: Any, in_dims: tuple[Any, ...], inputs: tuple[Any, ...]) -> tuple[Any, Any]:
     def entry(i: int) -> Any:
-        chosen = (x if d is None else x.select(d, i) for x, d in zip(inputs, in_dims, strict=True))
-        return function.apply(*chosen)
+        chosen = (x.select(d, i) if isinstance(d, int) else x for x, d in zip(inputs, in_dims, strict=True))
+        return call(*chosen)
 
     results = [entry(i) for i in range(info.batch_size)]
-    stacked = tuple(None if column[0] is None else torch.stack(column) for column in zip(*results, strict=True))
-    return stacked, tuple(None if s is None else 0 for s in stacked)
+    stacked = tuple(torch.stack(column) for column in zip(*results, strict=True))
+    return stacked, (0,) * len(stacked)
+
+
+register_vmap(
+    "_attention_backward",
+    lambda info, in_dims, *inputs: _one_by_one(_op_attention_backward, info, in_dims, inputs),
+)

@@ -6,7 +6,6 @@
 group ids alone: layouts keep theirs.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,18 +13,9 @@ from torch import Tensor
 
 from moda_kernels import checks, grouped, triton
 from moda_kernels.grouped import Grouping, compute_dtype, released_unit_backward
+from moda_kernels.ops.library import operator, register_vmap
 
 # Operators (private: without gradients)
-
-_LIBRARY = torch.library.Library("moda_kernels", "FRAGMENT")
-
-
-def _operator(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    name = schema.partition("(")[0]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"moda_kernels::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.moda_kernels, name).default
 
 
 def _uses_kernels(*tensors: Tensor | None) -> bool:
@@ -114,13 +104,13 @@ def _segment_project_fake(
 
 
 _GROUPING = "Tensor order, Tensor pieces, Tensor groups"
-_op_group_tokens = _operator(
+_op_group_tokens = operator(
     "_group_tokens(Tensor group, SymInt num_groups) -> (Tensor, Tensor, Tensor)", _group_tokens, _group_tokens_fake
 )
-_op_segment_gram = _operator(
+_op_segment_gram = operator(
     f"_segment_gram(Tensor x, Tensor? y, {_GROUPING}, bool unit) -> Tensor", _segment_gram, _segment_gram_fake
 )
-_op_segment_project = _operator(
+_op_segment_project = operator(
     f"_segment_project(Tensor x, Tensor matrix, Tensor? unit_matrix, {_GROUPING}, bool keep, ScalarType dtype)"
     " -> Tensor",
     _segment_project,
@@ -133,7 +123,7 @@ def _group_tokens_vmap(info: Any, in_dims: tuple[int | None, ...], group: Tensor
     return tuple(torch.stack(tensors) for tensors in zip(*rows, strict=True)), (0, 0, 0)
 
 
-torch.library.register_vmap("moda_kernels::_group_tokens", _group_tokens_vmap, lib=_LIBRARY)
+register_vmap("_group_tokens", _group_tokens_vmap)
 
 
 # Gradients

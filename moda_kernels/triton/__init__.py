@@ -18,6 +18,7 @@ OLDEST_GPU = (8, 0)
 
 
 @functools.cache
+@torch.compiler.assume_constant_result
 def why_absent() -> tuple[str, ...]:
     """Every reason why no kernel can run in this process; empty if some device can."""
     try:
@@ -35,6 +36,7 @@ def why_absent() -> tuple[str, ...]:
 
 
 @functools.cache
+@torch.compiler.assume_constant_result
 def interpreted() -> bool:
     """Whether Triton runs kernels in its interpreter in this process (TRITON_INTERPRET=1 before it was imported)."""
     try:
@@ -54,6 +56,7 @@ def why_not_on(device: torch.device) -> str | None:
 
 
 @functools.cache
+@torch.compiler.assume_constant_result
 def _why_not_on_gpu(index: int) -> str | None:
     capability = torch.cuda.get_device_capability(index)
     if capability < OLDEST_GPU:

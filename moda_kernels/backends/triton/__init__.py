@@ -7,7 +7,7 @@ the key map goes; `moda_kernels.ops.attention` runs it.
 import torch
 from torch import Tensor
 
-from moda_kernels import alignment, triton
+from moda_kernels import alignment, checks, triton
 from moda_kernels.backends.triton.passes import key_tile_lists, make_passes, pseudo_counts, query_tile_lists, row_facts
 from moda_kernels.call import AttentionCall
 from moda_kernels.keymap import ModalityMap
@@ -21,6 +21,8 @@ MAX_HEAD_DIM = 256
 #: A map is folded into the query where turning a query row (2 M D² operations) is at most a sixteenth of its attention
 #: over all keys (4 L D): from L = 8 M D keys on. Shorter keys are fused and written, once per key head.
 FOLD_FROM = 8
+#: The kernels have no configuration that folds a larger map, or one in float32: the products leave the registers.
+MAX_FOLDED_DIM = 128
 
 
 class TritonBackend:
@@ -115,6 +117,9 @@ def folds(call: AttentionCall) -> bool:
     key_map = call.key_map
     if not isinstance(key_map, ModalityMap) or not key_map.foldable:
         return False
+    wide = call.query.dtype == torch.float32 and call.query.device.type == "cuda"
+    if wide or max(call.key.shape[-1], call.value.shape[-1]) > MAX_FOLDED_DIM:
+        return False
     keys = call.layout.num_tokens // max(call.layout.num_sequences, 1)
     return keys >= FOLD_FROM * call.layout.num_modalities * call.key.shape[-1]
 
@@ -138,6 +143,6 @@ def _per_head(value: float | Tensor, heads: int, device: torch.device) -> Tensor
 
 def _longest(layout: ModalityLayout) -> int:
     """Tokens of the longest sequence, as far as known without waiting for a device."""
-    if layout.packed and layout.device.type == "cpu" and layout.num_sequences:
+    if layout.packed and checks.looks_at_values(layout.device) and layout.num_sequences:
         return int(layout.cu_seqlens.diff().max())
     return 0 if layout.packed else layout.modality.shape[1]

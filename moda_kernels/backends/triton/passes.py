@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moda_kernels.layout import ModalityLayout, QueryRows
 from moda_kernels.mask import ModularMask, Visibility
+from moda_kernels.ops.attention import op_attention_limits
 from moda_kernels.tiles import tile_lists
 
 
@@ -134,7 +135,7 @@ def row_facts(layout: ModalityLayout, queries: QueryRows, passes: Passes, window
 
     def make() -> tuple[Tensor, ...]:
         modality, position, segment = (f.flatten() for f in (layout.modality, layout.position, layout.segment))
-        limits = torch.ops.moda_kernels.attention_limits(
+        limits = op_attention_limits(
             modality, position, segment, layout.table, queries.columns.flatten(), list(passes.numbers),
             2**31 - 1 if window is None else window,
         )  # fmt: skip
