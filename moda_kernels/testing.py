@@ -156,7 +156,7 @@ class Case:
         pseudo: arguments of PseudoAttention; base and decay become tensors [Hq] where they are None.
         bias: "own" ([N, Hq, M, M]) or "shared" ([1, 1, M, M]).
         fusion, scope, norm, aligned: the aligner's; fusion "released" is the released map.
-        attn_mask: "bool" or "float". weights: branch weights as tensors. value_dim: relative to the head size.
+        attn_mask: "bool", "float" (differentiable) or "fixed" (a float mask without gradient). weights: branch weights as tensors. value_dim: relative to the head size.
     """
 
     name: str
@@ -239,6 +239,8 @@ class Case:
             arguments["is_causal"] = True
         if self.attn_mask == "float":
             tensors["attn_mask"] = normal(n, 1, rows, layout.modality.shape[-1])
+        elif self.attn_mask == "fixed":
+            arguments["attn_mask"] = normal(rows, layout.modality.shape[-1]).to(dtype)
         elif self.attn_mask == "bool":
             arguments["attn_mask"] = torch.rand(heads, rows, layout.modality.shape[-1], generator=g) < 0.7
         if self.bias is not None:
@@ -349,6 +351,9 @@ CASES: tuple[Case, ...] = (
     Case("joint_self_only", ModularMask.self_only, modalities=3),
     Case("joint_cross_only_causal", lambda m: ModularMask.cross_only(m, causal=True)),
     Case("joint_fusion", lambda m: ModularMask.fusion(m, [0], causal=True), modalities=3),
+    Case("joint_many_modalities", ModularMask.self_only, modalities=6, bias="own", padding=("middle", "none")),
+    Case("joint_negative_scale", _within, scale=-0.7),
+    Case("joint_no_scale", scale=0.0),
     Case("joint_one_modality", modalities=1, padding=("none",)),
     Case("joint_length_one", length=1, padding=("none", "none")),
     Case("joint_length_100", _within, length=100),
@@ -375,6 +380,7 @@ CASES: tuple[Case, ...] = (
     Case("bias_shared", _within, bias="shared", group=2),
     Case("attn_mask_bool", _within, attn_mask="bool"),
     Case("attn_mask_float", _within, attn_mask="float", pseudo=_pseudo()),
+    Case("attn_mask_fixed", _within, attn_mask="fixed", duplex="split", group=2),
     # Key maps
     *_ALIGNERS,
     Case("key_map_frobenius", fusion="add", norm="frobenius", modalities=3, group=2),

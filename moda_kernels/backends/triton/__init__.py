@@ -41,6 +41,8 @@ class TritonBackend:
             reasons.append(device)
         if call.query.dtype not in _DTYPES:
             reasons.append(f"it supports {', '.join(map(str, _DTYPES))}, got {call.query.dtype}")
+        elif call.query.dtype == torch.bfloat16 and triton.interpreted():
+            reasons.append("products in bfloat16 are wrong in Triton's interpreter")
         for name, tensor in (("query and key", call.query), ("value", call.value)):
             if not 1 <= tensor.shape[-1] <= MAX_HEAD_DIM:
                 reasons.append(f"it supports head sizes of {name} from 1 to {MAX_HEAD_DIM}, got {tensor.shape[-1]}")

@@ -1,0 +1,494 @@
+"""The Triton backend beyond parity (`test_parity.py` has that): what it launches and allocates, shapes, strides and
+padding, compilers and transforms. On the CPU in Triton's interpreter; on a GPU compiled."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing._internal.optests import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import moda_kernels as mk
+from moda_kernels import backends, checks, testing, triton
+from moda_kernels.backends.triton import TritonBackend, folds
+from moda_kernels.backends.triton import passes as triton_passes
+from moda_kernels.call import AttentionCall
+from moda_kernels.testing import CASES, Case, generator
+
+if triton.why_absent():
+    pytest.skip("; ".join(triton.why_absent()), allow_module_level=True)
+
+from moda_kernels.ops import attention as operators
+from moda_kernels.triton import attention as kernels
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+BY_NAME = {case.name: case for case in CASES}
+
+
+@pytest.fixture
+def always_fold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moda_kernels.backends.triton.FOLD_FROM", 0)
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Counts the launches of the attention kernels, and refuses every other backend."""
+    counts: dict[str, int] = {}
+    for name in ("forward", "backward"):
+        run = getattr(kernels, name)
+
+        def counted(*arguments: Any, run: Callable[..., Any] = run, name: str = name) -> Any:
+            counts[name] = counts.get(name, 0) + 1
+            return run(*arguments)
+
+        monkeypatch.setattr(kernels, name, counted)
+    return counts
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """`torch.empty` gives NaN, so that whatever a kernel does not write shows."""
+    empty = torch.empty
+
+    def poisoned(*arguments: Any, **named: Any) -> Tensor:
+        made = empty(*arguments, **named)
+        return made.fill_(math.nan) if made.is_floating_point() else made.fill_(2**30)
+
+    torch.empty = poisoned  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.empty = empty
+
+
+def check(case: Case, dtype: torch.dtype = torch.float32, **sizes: int) -> None:
+    """The case on the kernels, in poisoned memory, against the oracle."""
+    options: dict[str, Any] = {"device": DEVICE, **sizes}
+    with poisoned_memory():
+        result = testing.run(case, dtype, "triton", **options)
+    exact, eager = testing.oracle(case, dtype, **options), testing.run(case, dtype, "reference", **options)
+    wrong = [str(c) for c in testing.compare(result, exact, eager, dtype) if not c.good]
+    assert not wrong, "; ".join(wrong)
+
+
+# No fallback, no memory
+
+
+@pytest.mark.parametrize("name", ["joint_bidirectional", "split_weights", "bias_own", "key_map_add_sequence"])
+def test_it_is_the_kernels_that_run(name: str, launches: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*arguments: Any) -> None:
+        raise AssertionError("another backend ran")
+
+    for other in ("cpu", "reference"):
+        monkeypatch.setattr(type(backends.BACKENDS[other]), "attend", refused)
+    testing.run(BY_NAME[name], torch.float32, "triton", device=DEVICE)
+    assert launches == {"forward": 1, "backward": 1}
+
+
+class Sizes(TorchDispatchMode):
+    """The sizes of all floating-point storages that are allocated, inside operators too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers: list[int] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        with self:  # operators are Python: what they allocate is seen as well
+            result = (
+                op._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *arguments, **(named or {}))
+                if (op.namespace == "moda_kernels")
+                else None
+            )
+        if result is None:
+            result = op(*arguments, **(named or {}))
+        for t in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(t, Tensor) and t.is_floating_point():
+                self.numbers.append(t.untyped_storage().nbytes() // t.element_size())
+        return result
+
+
+def test_memory_is_linear() -> None:
+    """No tensor of L × L numbers, forward or backward."""
+    length, heads, dim = 512, 2, 16
+    ids = (torch.arange(length) // 64 % 2)[None].to(DEVICE)
+    layout = mk.segment_modalities(ids, num_modalities=2, max_segments=8)
+    q, k, v = (torch.randn(1, heads, length, dim, device=DEVICE, requires_grad=True) for _ in range(3))
+    sizes = Sizes()
+    with sizes:
+        out = mk.moda_attention(
+            q, k, v, layout=layout, mask=mk.ModularMask.bidirectional_within(2, [1]), backend="triton",
+            pseudo=mk.PseudoAttention(), pair_bias=torch.zeros(1, 1, 2, 2, device=DEVICE),
+        )  # fmt: skip
+        torch.autograd.grad(out.sum(), (q, k, v))
+    assert max(sizes.numbers) >= heads * length * dim, "the mode sees nothing"
+    assert max(sizes.numbers) < length * length // 4
+
+
+def test_folded_keys_are_never_written(always_fold: None) -> None:
+    """In the forward nothing of the keys' size is allocated; without folding, fused keys are."""
+    length, key_heads, dim = 96, 3, 32
+    ids = (torch.arange(length) // 16 % 2)[None].to(DEVICE)
+    layout = mk.segment_modalities(ids, num_modalities=2, max_segments=6)
+    q = torch.randn(1, 2 * key_heads, length, dim, device=DEVICE)
+    k, v = (torch.randn(1, key_heads, length, dim, device=DEVICE) for _ in range(2))
+
+    def of_key_size(scope: str) -> int:
+        with torch.no_grad(), mk.use_backend("triton"):
+            key_map = mk.DuplexAligner(dim, 2, scope=scope, device=DEVICE)(k, layout)
+            sizes = Sizes()
+            with sizes:
+                mk.moda_attention(q, k, v, layout=layout, is_causal=True, key_map=key_map, enable_gqa=True)
+        return sum(n == k.numel() for n in sizes.numbers)
+
+    if CUDA:
+        q, k, v = (t.half() for t in (q, k, v))
+    assert of_key_size("sequence") == 0
+    assert of_key_size("causal") > 0
+
+
+# Both ways of a key map
+
+
+FOLDED = [
+    *(Case(f"{fusion}_{norm}", fusion=fusion, norm=norm) for fusion in ("add", "concat") for norm in ("row",)),
+    Case("linear_gqa_bias", BY_NAME["joint_bidirectional"].mask, fusion="linear", group=2, bias="own"),
+    Case("split", fusion="add", duplex="split", weights=True, pseudo={"length": None}, padding=("left", "middle")),
+    Case("three", fusion="concat", modalities=3, aligned=(0, 2), longest=4),
+    Case("five", fusion="add", modalities=5, longest=4),
+    Case("packed", fusion="add", packed=True, longest=6, norm="frobenius"),
+    Case("fewer_queries", fusion="linear", queries="tensor"),
+]
+
+
+@pytest.mark.parametrize("case", FOLDED, ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_folded_maps(case: Case, dtype: torch.dtype, always_fold: None) -> None:
+    check(case, dtype, length=48)
+
+
+def test_the_rule_that_folds() -> None:
+    def call(length: int, scope: str = "sequence", dim: int = 16) -> AttentionCall:
+        ids = (torch.arange(length) // 8 % 2)[None].to(DEVICE)
+        layout = mk.segment_modalities(ids, num_modalities=2, max_segments=length)
+        x = torch.randn(1, 1, length, dim, device=DEVICE, dtype=torch.float16)
+        key_map = mk.DuplexAligner(dim, 2, scope=scope, device=DEVICE)(x, layout)
+        return AttentionCall.make(x, x, x, layout=layout, key_map=key_map)
+
+    assert folds(call(256)) and not folds(call(255))
+    assert not folds(call(256, "causal"))
+    assert folds(call(2048, dim=128)) and not folds(call(4096, dim=130))
+
+
+# Shapes
+
+
+@pytest.mark.parametrize("dims", [(1, 1), (8, 8), (17, 40), (40, 16), (72, 72), (80, 96), (256, 24)])
+def test_head_sizes(dims: tuple[int, int]) -> None:
+    head_dim, value_dim = dims
+    case = Case("sizes", BY_NAME["joint_bidirectional"].mask, value_dim=value_dim / head_dim, group=2, key_heads=1)
+    check(case, length=37, head_dim=head_dim)
+
+
+@pytest.mark.parametrize("length", [1, 2, 33])
+def test_lengths(length: int) -> None:
+    for name in ("joint_bidirectional", "split_causal", "pseudo_sequence", "joint_all_padding"):
+        check(Case(**{**vars(BY_NAME[name]), "length": length}))
+
+
+def test_memory_order_is_the_querys() -> None:
+    """[B, L, H, D] views cost no copy, and give such views."""
+    layout = mk.segment_modalities(torch.tensor([[0, 1, 1, 0, 1]], device=DEVICE), num_modalities=2, max_segments=5)
+    x = torch.randn(1, 5, 3, 2, 16, device=DEVICE, requires_grad=True)
+    q, k, v = x.permute(2, 0, 3, 1, 4)
+    out = mk.moda_attention(q, k, v, layout=layout, is_causal=True, backend="triton")
+    assert out.transpose(1, 2).is_contiguous()
+    exact = mk.moda_attention(q.double(), k.double(), v.double(), layout=layout, is_causal=True, backend="reference")
+    torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+    (got,) = torch.autograd.grad(out.sum(), x)
+    (right,) = torch.autograd.grad(exact.sum(), x)
+    torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-5)
+
+
+def test_any_strides() -> None:
+    layout = mk.segment_modalities(torch.tensor([[0, 1, 1, 0]] * 2, device=DEVICE), num_modalities=2, max_segments=8)
+    wide = torch.randn(2, 2, 8, 40, device=DEVICE)
+    q = wide[:, :, ::2, 4:20]  # gaps between rows, an offset
+    k = torch.randn(1, 2, 4, 16, device=DEVICE).expand(2, -1, -1, -1)  # one for all sequences
+    v = torch.randn(2, 2, 16, 4, device=DEVICE).transpose(2, 3)  # rows that are not contiguous
+    out = mk.moda_attention(q, k, v, layout=layout, backend="triton")
+    exact = mk.moda_attention(q, k, v, layout=layout, backend="reference")
+    torch.testing.assert_close(out, exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (1, 7), (5, 1), (2, 1, 5, 7), (3, 5, 7), (2, 3, 5, 7)])
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32])
+def test_attn_mask_broadcasts(shape: tuple[int, ...], kind: torch.dtype) -> None:
+    layout = mk.segment_modalities(torch.tensor([[0, 1, 1, 0, 0, 1, -1]] * 2, device=DEVICE), max_segments=8)
+    q = torch.randn(2, 3, 5, 16, device=DEVICE)
+    k, v = (torch.randn(2, 3, 7, 16, device=DEVICE) for _ in range(2))
+    attn_mask = (torch.rand(shape) > 0.3).to(DEVICE) if kind == torch.bool else torch.randn(shape, device=DEVICE)
+    out, exact = (
+        mk.moda_attention(q, k, v, attn_mask, layout=layout, backend=name, return_lse=True)
+        for name in ("triton", "reference")
+    )
+    torch.testing.assert_close(out, exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (2, 3)])
+@pytest.mark.parametrize("duplex", ["joint", "split"])
+def test_nothing_to_see(shape: tuple[int, int], duplex: str) -> None:
+    ids = torch.full(shape, -1, device=DEVICE)
+    layout = mk.segment_modalities(ids, num_modalities=2, max_segments=2)
+    q, k, v = (torch.randn(shape[0], 2, shape[1], 16, device=DEVICE, requires_grad=True) for _ in range(3))
+    with poisoned_memory():
+        out, lse = mk.moda_attention(
+            q, k, v, layout=layout, duplex=duplex, pseudo=mk.PseudoAttention(), return_lse=True, backend="triton",
+            pair_bias=torch.zeros(1, 1, 2, 2, device=DEVICE),
+        )  # fmt: skip
+        grads = torch.autograd.grad((out, lse), (q, k, v), (torch.ones_like(out), torch.ones_like(lse)))
+    assert out.shape == q.shape and bool((out == 0).all()) and bool((lse == -math.inf).all())
+    assert all(bool((g == 0).all()) for g in grads)
+
+
+@pytest.mark.parametrize("fusion", [None, "sequence", "causal", "released"])
+@pytest.mark.parametrize("content", [math.nan, math.inf])
+def test_padding_may_hold_anything(fusion: str | None, content: float, always_fold: None) -> None:
+    ids = torch.tensor([[-1, 0, 0, 1, -1, 1, 0, 1, 1, -1, -1]] * 2, device=DEVICE)
+    ids[1] = ids[1].flip(0)
+    layout = mk.segment_modalities(ids, num_modalities=2, max_segments=16)
+    padding = (ids < 0)[:, None, :, None]
+    clean = [torch.randn(2, 2, 11, 16, device=DEVICE) for _ in range(4)]
+
+    def run(fill: float) -> list[Tensor]:
+        q, k, v, upstream = (torch.where(padding, fill, x) for x in clean)
+        leaves = [t.requires_grad_() for t in (q, k, v)]
+        with mk.use_backend("triton"):
+            key_map = None
+            if fusion == "released":
+                key_map = mk.released_key_map(
+                    k, v, layout, torch.full((16,), 0.5, device=DEVICE), torch.eye(16, device=DEVICE)
+                )  # fmt: skip
+            elif fusion is not None:
+                aligner = mk.DuplexAligner(16, 2, scope=fusion, device=DEVICE)
+                torch.nn.init.ones_(aligner.ratio)
+                key_map = aligner(k, layout)
+            out, lse = mk.moda_attention(
+                q, k, v, layout=layout, mask=mk.ModularMask.bidirectional_within(2, [1]), key_map=key_map,
+                pseudo=mk.PseudoAttention(), return_lse=True,
+            )  # fmt: skip
+            dlse = torch.where(padding[..., 0], fill, torch.ones_like(lse))
+            grads = torch.autograd.grad((out, lse), leaves, (upstream, dlse))
+        return [out, lse, *grads]
+
+    for got, expected in zip(run(content), run(0.0), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def test_more_segments_than_there_is_room_for() -> None:
+    """Where values are not looked at, everything is poisoned."""
+    layout = mk.segment_modalities(torch.tensor([[0, 1, 0, 1]]), num_modalities=2).to(DEVICE)
+    room = mk.ModalityLayout(**{
+        name: getattr(layout, name) for name in layout.__dataclass_fields__ if not name.startswith("_")
+    } | {"max_segments": 2, "table": layout.table[:2], "faults": torch.zeros(2, dtype=torch.int32, device=DEVICE)})  # fmt: skip
+    q = torch.randn(1, 1, 4, 16, device=DEVICE)
+    out, lse = mk.moda_attention(q, q, q, layout=room, return_lse=True, backend="triton")
+    assert bool(out.isnan().all()) and bool(lse.isnan().all())
+
+
+# Who sees whom
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_limits_are_the_mask(seed: int) -> None:
+    """The interval of every row and pass, against the mask written out; visible pairs are in exactly one pass."""
+    g = generator(seed)
+    layout = testing.random_layout(g, most=30).to(DEVICE)
+    mask = testing.random_mask(g, layout.num_modalities)
+    rows = None if layout.packed or seed % 2 else layout.modality.shape[1] // 2
+    queries = layout.queries(rows)
+    made = triton_passes.make_passes(mask, split=bool(seed % 3 == 0), by_modality=bool(seed % 5 == 0))
+    _, limits, keys, modality, *_ = triton_passes.row_facts(layout, queries, made, mask.window)
+    assert torch.equal(modality, queries.of(layout.modality).flatten())
+    low, high = limits[:, 0, :, None], limits[:, 1, :, None]
+    seen = ((keys[:, None] > low) & (keys[:, None] <= high)).sum(0)
+    same = queries.of(layout.sequence, 0).flatten()[:, None] == layout.sequence.flatten()
+    facts = (layout.modality, layout.position, layout.segment)
+    table = mask.rule_table(layout.device)
+    pairs = [(queries.of(f).flatten()[:, None], f.flatten()[None]) for f in facts]
+    from moda_kernels.mask import visible_pair
+
+    expected = visible_pair(table, mask.window, *(q for q, _ in pairs), *(k for _, k in pairs))
+    assert torch.equal(torch.where(same, seen, 0), (expected & same).int())
+
+
+def test_few_passes_where_rules_allow() -> None:
+    def count(mask: mk.ModularMask, split: bool = False, by_modality: bool = False) -> int:
+        return triton_passes.make_passes(mask, split, by_modality).numbers[2]
+
+    assert count(mk.ModularMask.causal(3)) == count(mk.ModularMask.full(4)) == 1
+    assert count(mk.ModularMask.bidirectional_within(4, [1, 2])) == 1
+    assert count(mk.ModularMask.self_only(3)) == 3
+    assert count(mk.ModularMask.causal(2), split=True) == 4
+    assert count(mk.ModularMask.causal(3), by_modality=True) == 3
+    assert count(mk.ModularMask([[0, 1], [0, 2]])) == 1
+    assert count(mk.ModularMask([[0, 0], [0, 0]])) == 0
+
+
+# Compilers and transforms
+
+
+def small(length: int = 40, dtype: torch.dtype = torch.float32) -> tuple[mk.ModalityLayout, list[Tensor]]:
+    ids = (torch.arange(length) // 7 % 2).expand(2, -1).to(DEVICE)
+    layout = mk.segment_modalities(ids, num_modalities=2, max_segments=2 * (length // 7 + 1))
+    tensors = [torch.randn(2, h, length, 16, device=DEVICE, dtype=dtype, requires_grad=True) for h in (4, 2, 2)]
+    return layout, tensors
+
+
+def loss(q: Tensor, k: Tensor, v: Tensor, layout: mk.ModalityLayout, base: Tensor, aligner: Any = None) -> Tensor:
+    out, lse = mk.moda_attention(
+        q, k, v, layout=layout, mask=mk.ModularMask.bidirectional_within(2, [1]), enable_gqa=True,
+        key_map=None if aligner is None else aligner(k, layout), pseudo=mk.PseudoAttention(base, 0.5, 64),
+        pair_bias=torch.zeros(1, 1, 2, 2, device=q.device), return_lse=True, backend="triton",
+    )  # fmt: skip
+    return out.float().sin().sum() + lse.sum()
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("scope", [None, "sequence", "causal"])
+def test_compiles_whole_and_once(scope: str | None, dynamic: bool | None, always_fold: None) -> None:
+    torch._dynamo.reset()
+    aligner = None if scope is None else mk.DuplexAligner(16, 2, scope=scope, device=DEVICE)
+    base = torch.zeros(4, device=DEVICE, requires_grad=True)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    counter = torch._dynamo.utils.counters["stats"]
+    graphs = []
+    for length in (70, 85, 99, 130, 131):
+        layout, tensors = small(length)
+        for run, result in ((compiled, []), (loss, [])):
+            value = run(*tensors, layout, base, aligner)
+            result += [value.detach(), *torch.autograd.grad(value, (*tensors, base))]
+            if run is compiled:
+                first = result
+        torch.testing.assert_close(first, result, rtol=1e-5, atol=1e-5)
+        graphs.append(counter["unique_graphs"])
+    assert graphs[-1] == graphs[1], f"compiled anew: {graphs}"
+
+
+def test_compiles_with_segmentation_inside() -> None:
+    torch._dynamo.reset()
+
+    def model(ids: Tensor, q: Tensor) -> Tensor:
+        layout = mk.segment_modalities(ids, num_modalities=2, max_segments=16)
+        return mk.moda_attention(q, q, q, layout=layout, is_causal=True, backend="triton")
+
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for length in (40, 50):
+        ids = (torch.arange(length, device=DEVICE) // 5 % 2)[None]
+        q = torch.randn(1, 2, length, 16, device=DEVICE)
+        torch.testing.assert_close(compiled(ids, q), model(ids, q))
+
+
+def test_func_grad_and_vmap() -> None:
+    layout, (q, k, v) = (x if isinstance(x, mk.ModalityLayout) else [t.detach() for t in x] for x in small(20))
+    base = torch.zeros(4, device=DEVICE)
+    grads = torch.func.grad(loss, argnums=(0, 1, 2, 4))(q, k, v, layout, base)
+    leaves = [t.clone().requires_grad_() for t in (q, k, v, base)]
+    expected = torch.autograd.grad(loss(*leaves[:3], layout, leaves[3]), leaves)
+    torch.testing.assert_close(grads, expected)
+    queries = torch.stack((q, 2 * q, -q))
+    per_query = torch.func.vmap(torch.func.grad(loss), in_dims=(0, None, None, None, None))(queries, k, v, layout, base)
+    one_by_one = torch.stack([torch.func.grad(loss)(x, k, v, layout, base) for x in queries])
+    torch.testing.assert_close(per_query, one_by_one)
+
+
+def test_no_second_derivative() -> None:
+    layout, (q, k, v) = small(20)
+    base = torch.zeros(4, device=DEVICE)
+    (dq,) = torch.autograd.grad(loss(q, k, v, layout, base), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.autograd.grad(dq.sum(), k)
+
+
+def test_checkpointing_and_autocast() -> None:
+    layout, (q, k, v) = small(20)
+    base = torch.zeros(4, device=DEVICE)
+    expected = torch.autograd.grad(loss(q, k, v, layout, base), (q, k, v))
+    again = torch.autograd.grad(checkpoint(loss, q, k, v, layout, base, use_reentrant=False), (q, k, v))
+    torch.testing.assert_close(again, expected)
+    with torch.autocast(DEVICE, torch.float16):
+        out, lse = mk.moda_attention(
+            q, k, v, layout=layout, enable_gqa=True, return_lse=True, pseudo=mk.PseudoAttention(), backend="triton"
+        )
+    assert (out.dtype, lse.dtype) == (torch.float16, torch.float32)
+    assert all(g.dtype == torch.float32 for g in torch.autograd.grad(out.float().sum(), (q, k, v)))
+
+
+def test_deterministic() -> None:
+    layout, (q, k, v) = small(70)
+    base = torch.zeros(4, device=DEVICE)
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = (torch.autograd.grad(loss(q, k, v, layout, base), (q, k, v)) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("name", ["joint_gqa", "packed_split", "bias_own"])
+def test_opcheck(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The raw operators: schemas, fakes, and what AOT makes of them."""
+    calls: list[tuple[Any, tuple[Any, ...]]] = []
+    for op in ("_op_attention", "_op_attention_backward"):
+        run = getattr(operators, op)
+
+        def recorded(*arguments: Any, run: Any = run) -> Any:
+            calls.append((run, arguments))
+            return run(*arguments)
+
+        monkeypatch.setattr(operators, op, recorded)
+    testing.run(BY_NAME[name], torch.float32, "triton", device=DEVICE, length=20)
+    assert len(calls) == 2
+    for run, arguments in calls:
+        plain = [a.detach() if isinstance(a, Tensor) else a for a in arguments]
+        opcheck(run, tuple(plain), test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+
+
+# What it refuses
+
+
+def reasons(**changes: Any) -> str:
+    layout = mk.segment_modalities(torch.zeros(1, 4, dtype=torch.long, device=DEVICE), num_modalities=1, max_segments=1)
+    x = torch.randn(1, 1, 4, changes.pop("dim", 16), device=DEVICE, dtype=changes.pop("dtype", torch.float32))
+    return "; ".join(TritonBackend().why_not(AttentionCall.make(x, x, x, layout=layout, **changes)))
+
+
+def test_refusals() -> None:
+    assert reasons() == ""
+    assert "float64" in reasons(dtype=torch.float64)
+    assert "from 1 to 256, got 257" in reasons(dim=257)
+    assert "no gradient for attn_mask" in reasons(attn_mask=torch.zeros(4, 4, device=DEVICE, requires_grad=True))
+    everything = reasons(dtype=torch.float64, dim=300)
+    assert "float64" in everything and "300" in everything
+    x = torch.randn(1, 1, 4, 300, device=DEVICE)
+    with pytest.raises(NotImplementedError, match=r"backend 'triton' can't run this call.*got 300"):
+        mk.moda_attention(x, x, x, layout=torch.zeros(1, 4, dtype=torch.long, device=DEVICE), backend="triton")
+
+
+def test_too_many_modalities() -> None:
+    layout = mk.segment_modalities(torch.zeros(1, 4, dtype=torch.long, device=DEVICE), num_modalities=17)
+    x = torch.randn(1, 1, 4, 16, device=DEVICE)
+    (reason,) = TritonBackend().why_not(AttentionCall.make(x, x, x, layout=layout))
+    assert "at most 16 modalities, got 17" in reason
+
+
+def test_auto_leaves_the_interpreter_alone() -> None:
+    """On the CPU it is asked for by name; `auto` takes it on CUDA devices."""
+    assert TritonBackend().serves(torch.device("cuda")) and not TritonBackend().serves(torch.device("cpu"))
+    assert list(backends.BACKENDS)[0] == "triton"
+    assert checks.looks_at_values(torch.device("cpu"))
