@@ -312,7 +312,9 @@ def segment_gram(
     bd, be = _gram_tile(config, d, e, eps)
     make = torch.zeros if atomics else torch.empty
     out = make(shape, dtype=torch.float32, device=x.device)
-    partial = out if atomics else torch.empty((slots, *shape[1:]), dtype=torch.float32, device=x.device)
+    partial = (
+        out if atomics else torch.empty((min(slots, pieces.shape[0]), *shape[1:]), dtype=torch.float32, device=x.device)
+    )
     with torch.cuda.device_of(x):
         _segment_gram_kernel[(pieces.shape[0] * triton.cdiv(d, bd) * triton.cdiv(e, be), heads)](
             x, y, order, pieces, out, partial, length, heads, *x_strides, *y_strides,
