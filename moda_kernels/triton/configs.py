@@ -109,7 +109,7 @@ _UNIT_PROJECT_32 = {64: ProjectConfig(4, 2, 32, 64), 128: ProjectConfig(8, 2, 32
 UNIT_PROJECT: ProjectTable = {
     80: {
         16: {64: ProjectConfig(4, 2, 64, 64), 128: ProjectConfig(8, 2, 64, 32), 256: _WIDE_UNIT_PROJECT},
-        32: _UNIT_PROJECT_32,
+        32: {**_UNIT_PROJECT_32, 256: ProjectConfig(8, 1, 32, 16)},  # a second stage leaves the registers
     },
     90: {
         16: {64: ProjectConfig(4, 2, 64, 64), 128: ProjectConfig(8, 2, 128, 64), 256: _WIDE_UNIT_PROJECT},
