@@ -274,7 +274,8 @@ def modality_gram(x: Tensor, y: Tensor, layout: ModalityLayout | Tensor, by: str
     """
     layout = as_layout(layout)
     checks.choice("by", by, ("modality", "segment"))
-    xs, ys = token_major("x", x, layout), token_major("y", y, layout)
+    xs = token_major("x", x, layout)
+    ys = xs if y is x else token_major("y", y, layout)
     heads = (layout.num_tokens, xs.shape[-2])
     checks.shape("y", ys[..., 0].flatten(0, -2), heads, "of x but for its last axis (tokens, heads)")
     gram = ops.segment_gram(xs, ys, layout.grouping(by))

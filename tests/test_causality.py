@@ -95,6 +95,30 @@ def test_chunks_do_not_show(name: str, fusion: str) -> None:
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12 * max(1.0, b.abs().max().item()))
 
 
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_chunks_of_segments_whose_tokens_are_not_known_on_the_host(name: str) -> None:
+    """As on a GPU, where asking for their places would wait; with more slots than segments too."""
+    layout, module = LAYOUTS[name](), aligner(fusion="linear")
+    roomy = mk.segment_modalities(
+        layout.modality, num_modalities=M, cu_seqlens=layout.cu_seqlens if layout.packed else None,
+        max_segments=layout.max_segments + 9,
+    )  # fmt: skip
+    _, key, upstream = tensors(layout)
+    key[layout.modality < 0 if layout.packed else (layout.modality < 0)[:, None].expand(key.shape[:3])] = float("nan")
+    key.requires_grad_()
+    expected = mk.align_keys(key, module(key, layout), layout)
+    right = torch.autograd.grad(expected, (key, *module.parameters()), upstream, materialize_grads=True)
+    for size in (7, 64):
+        key_map = module(key, roomy)
+        assert isinstance(key_map, CausalMap)
+        fused = key_map._by_segments(key if layout.packed else key.transpose(1, 2), size)
+        fused = fused if layout.packed else fused.transpose(1, 2)
+        torch.testing.assert_close(fused, expected, rtol=1e-12, atol=1e-12, equal_nan=True)
+        gradients = torch.autograd.grad(fused, (key, *module.parameters()), upstream, materialize_grads=True)
+        for a, b in zip(gradients, right, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12 * max(1.0, b.abs().max().item()))
+
+
 def test_chunks_in_double_backward() -> None:
     layout = packed([0, 5, 5, 9])
     module = aligner()

@@ -241,6 +241,39 @@ def test_float16_matrices_of_any_size() -> None:
         torch.testing.assert_close(projected.double(), exact, rtol=0, atol=2**-20 * float(exact.abs().max()))
 
 
+def test_some_groups_alone() -> None:
+    """Those of a mask or of a window, out of one sorting, as the aligners use it."""
+    group, _, grouping = grouping_of("several-pieces")
+    x, matrix = normal(len(group), 1, 16, dtype=F32), normal(5, 1, 16, 16, dtype=F32)
+    mapped = torch.tensor([True, False, True, True, False], device=DEVICE)
+    some = torch.where((group >= 0) & mapped[group.clamp(min=0)], group, -1)
+    window = torch.where((group >= 1) & (group < 4), group - 1, -1)
+    for part, own, a in ((grouping.only(mapped), some, matrix), (grouping.window(1, 3), window, matrix[1:4])):
+        gram = ops.segment_gram(x, x, part)
+        assert gram.shape == a.shape
+        check_gram(gram, x, x, own)
+        check_project(ops.segment_project(x, a, part), x, a, own)
+        kept = ops.segment_project(x, a, part, keep=True)
+        assert torch.equal(kept[own < 0], x[own < 0])
+
+
+def test_dtypes_that_differ() -> None:
+    group, num_groups, grouping = grouping_of("63")
+    low, wide = normal(63, 2, 8, dtype=torch.float16), normal(63, 2, 8, dtype=F32)
+    matrix = normal(num_groups, 2, 8, 8, dtype=F32)
+    for x, y in ((low, wide), (wide, low)):
+        check_gram(ops.segment_gram(x, y, grouping), x, y, group)
+        check_gram(ops.segment_gram(x, y, grouping, unit=True), x, y, group, norm=True)
+    for x, a, out_dtype in ((wide, matrix.half(), F32), (low, matrix.half(), F32), (wide, matrix, torch.float16)):
+        projected = ops.segment_project(x, a, grouping, unit_matrix=a, out_dtype=out_dtype)
+        assert projected.dtype == out_dtype
+        if x is wide:
+            check_project(projected, x, a, group, a)
+        else:  # what is split into two parts of float16 has 22 digits, not float32's 24
+            exact = project_loop(x, a, group, F64) + project_loop(unit(x.double()), a, group, F64)
+            torch.testing.assert_close(projected.double(), exact, rtol=1e-5, atol=1e-5)
+
+
 # Gradients
 
 

@@ -51,6 +51,15 @@ def _load_rows(p_row, b_inside, o_d, D: tl.constexpr, WHOLE: tl.constexpr):
 
 
 @triton.jit
+def _load_columns(p_row, b_inside, o_d, D: tl.constexpr, WHOLE: tl.constexpr):
+    """The same as [BD, BT]: sm_80 fetches a factor early only in the order that its product reads it in."""
+    if WHOLE:
+        return tl.load(p_row[None, :] + o_d[:, None], mask=b_inside[None, :], other=0.0)
+    else:
+        return tl.load(p_row[None, :] + o_d[:, None], mask=b_inside[None, :] & (o_d < D)[:, None], other=0.0)
+
+
+@triton.jit
 def _normed(b_k, b_inside, EPS: tl.constexpr):
     """u = (k + eps) / ‖k + eps‖ of rows [BT, BD], in float32, 0 outside; divided by the peak first: squares stay in
     range."""
@@ -69,32 +78,13 @@ def _split(b_x, dtype: tl.constexpr):
     return b_high, (b_x - b_high.to(tl.float32)).to(dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "heads"])
 def _segment_gram_kernel(
-    p_x,
-    p_y,
-    p_order,
-    p_pieces,
-    p_out,
-    p_partial,
-    length,
-    heads,
-    x_stride_b,
-    x_stride_t,
-    x_stride_h,
-    y_stride_b,
-    y_stride_t,
-    y_stride_h,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    BT: tl.constexpr,
-    BD: tl.constexpr,
-    BE: tl.constexpr,
-    SAME: tl.constexpr,
-    EPS: tl.constexpr,
-    ATOMIC: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    p_x, p_y, p_order, p_pieces, p_out, p_partial, length, heads,
+    x_stride_b, x_stride_t, x_stride_h, y_stride_b, y_stride_t, y_stride_h,
+    D: tl.constexpr, E: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+    SAME: tl.constexpr, EPS: tl.constexpr, ATOMIC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """One tile of the sums, of one piece and head. SAME: the tile's y is its x. EPS: of the normed x, or None."""
     E_TILES: tl.constexpr = (E + BE - 1) // BE
     TILES: tl.constexpr = (D + BD - 1) // BD * E_TILES
@@ -119,25 +109,24 @@ def _segment_gram_kernel(
         b_inside = i_t + o_t < rows
         b_next = tl.load(p_order + BT + i_t + o_t, mask=BT + i_t + o_t < rows, other=0)
         p_row = p_x + _row_offsets(b_token, length, x_stride_b, x_stride_t)
-        b_x = _load_rows(p_row, b_inside, o_d, D, D % BD == 0)  # [BT, BD]
-        if SAME:
-            b_y = b_x
-        else:
-            p_row = p_y + _row_offsets(b_token, length, y_stride_b, y_stride_t)
-            b_y = _load_rows(p_row, b_inside, o_e, E, E % BE == 0)  # [BT, BE]
         if EPS is not None:
-            b_u = _normed(b_x, b_inside[:, None] & (o_d < D)[None, :], EPS)
-            if LOW:
-                b_high, b_low = _split(b_u, p_y.dtype.element_ty)
-                b_gram = tl.dot(tl.trans(b_high), b_y, b_gram)
-                b_gram = tl.dot(tl.trans(b_low), b_y, b_gram)
-            else:
-                b_gram = tl.dot(tl.trans(b_u), b_y.to(tl.float32), b_gram, input_precision=PRECISION)
-        elif LOW:
-            b_gram = tl.dot(tl.trans(b_x), b_y, b_gram)
+            b_x = _load_rows(p_row, b_inside, o_d, D, D % BD == 0)
+            b_xt = tl.trans(_normed(b_x, b_inside[:, None] & (o_d < D)[None, :], EPS))  # [BD, BT]
+            b_y = _load_rows(p_y + _row_offsets(b_token, length, y_stride_b, y_stride_t), b_inside, o_e, E, E % BE == 0)
+        elif SAME:
+            b_y = _load_rows(p_row, b_inside, o_e, E, E % BE == 0)  # [BT, BE]
+            b_xt = tl.trans(b_y)
         else:
-            b_x, b_y = b_x.to(tl.float32), b_y.to(tl.float32)
-            b_gram = tl.dot(tl.trans(b_x), b_y, b_gram, input_precision=PRECISION)
+            b_xt = _load_columns(p_row, b_inside, o_d, D, D % BD == 0)
+            b_y = _load_rows(p_y + _row_offsets(b_token, length, y_stride_b, y_stride_t), b_inside, o_e, E, E % BE == 0)
+        if EPS is not None and LOW:
+            b_high, b_low = _split(b_xt, p_y.dtype.element_ty)
+            b_gram = tl.dot(b_high, b_y, b_gram)
+            b_gram = tl.dot(b_low, b_y, b_gram)
+        elif LOW:
+            b_gram = tl.dot(b_xt, b_y, b_gram)
+        else:
+            b_gram = tl.dot(b_xt.to(tl.float32), b_y.to(tl.float32), b_gram, input_precision=PRECISION)
         b_token = b_next
     o_out = o_d[:, None] * E + o_e[None, :]
     b_mask = (o_d < D)[:, None] & (o_e < E)[None, :]
@@ -150,7 +139,7 @@ def _segment_gram_kernel(
         tl.store(p_partial + (slot.to(tl.int64) * heads + i_h) * (D * E) + o_out, b_gram, mask=b_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads"])
 def _sum_slots_kernel(p_partial, p_groups, p_out, heads, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """Σ of a group's partial sums, in order; 0 for a group without tokens. A piece alone has written its own."""
     BLOCKS: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
@@ -167,37 +156,14 @@ def _sum_slots_kernel(p_partial, p_groups, p_out, heads, SIZE: tl.constexpr, BLO
     tl.store(p_out + (i_group.to(tl.int64) * heads + i_h) * SIZE + o, b_sum, mask=o < SIZE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "heads", "splits"])
 def _segment_project_kernel(
-    p_x,
-    p_matrix,
-    p_unit,
-    p_order,
-    p_pieces,
-    p_out,
-    length,
-    heads,
-    splits,
-    x_stride_b,
-    x_stride_t,
-    x_stride_h,
-    matrix_stride_g,
-    matrix_stride_h,
-    matrix_stride_d,
-    matrix_stride_e,
-    unit_stride_g,
-    unit_stride_h,
-    unit_stride_d,
-    unit_stride_e,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    BT: tl.constexpr,
-    BD: tl.constexpr,
-    BE: tl.constexpr,
-    KEEP: tl.constexpr,
-    EPS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    p_x, p_matrix, p_unit, p_order, p_pieces, p_out, length, heads, splits, x_stride_b, x_stride_t, x_stride_h,
+    matrix_stride_g, matrix_stride_h, matrix_stride_d, matrix_stride_e,
+    unit_stride_g, unit_stride_h, unit_stride_d, unit_stride_e,
+    D: tl.constexpr, E: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+    KEEP: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """BE columns of x_t A (+ u_t B), for a share of the rows of one piece, and one head. EPS: None without B."""
     E_TILES: tl.constexpr = (E + BE - 1) // BE
     i_tile, i_h = tl.program_id(0) % E_TILES, tl.program_id(1)
@@ -217,7 +183,7 @@ def _segment_project_kernel(
     o_e = i_tile * BE + tl.arange(0, BE)
     b_column = o_e < E
     p_x += i_h.to(tl.int64) * x_stride_h
-    p_out += i_h * E
+    p_out += i_h.to(tl.int64) * E
     p_order += first
     out_stride = heads.to(tl.int64) * E
     b_token = tl.load(p_order + o_t, mask=o_t < rows, other=0)
@@ -237,13 +203,12 @@ def _segment_project_kernel(
     else:
         b_mask = (o_d < D)[:, None] & b_column[None, :]
         p_matrix += group.to(tl.int64) * matrix_stride_g + i_h.to(tl.int64) * matrix_stride_h
-        b_a = tl.load(
-            p_matrix + o_d[:, None] * matrix_stride_d + o_e[None, :] * matrix_stride_e, mask=b_mask, other=0.0
-        )
+        o_row, o_column = o_d.to(tl.int64)[:, None], o_e.to(tl.int64)[None, :]
+        b_a = tl.load(p_matrix + o_row * matrix_stride_d + o_column * matrix_stride_e, mask=b_mask, other=0.0)
         b_b = b_a
         if EPS is not None:
             p_unit += group.to(tl.int64) * unit_stride_g + i_h.to(tl.int64) * unit_stride_h
-            b_b = tl.load(p_unit + o_d[:, None] * unit_stride_d + o_e[None, :] * unit_stride_e, mask=b_mask, other=0.0)
+            b_b = tl.load(p_unit + o_row * unit_stride_d + o_column * unit_stride_e, mask=b_mask, other=0.0)
             b_b = b_b.to(tl.float32)
         b_scale = tl.full([BE], 1.0, tl.float32)
         if SPLIT:
@@ -347,12 +312,14 @@ def segment_gram(
     bd, be = _gram_tile(config, d, e, eps)
     make = torch.zeros if atomics else torch.empty
     out = make(shape, dtype=torch.float32, device=x.device)
-    partial = out if atomics else torch.empty((slots, *shape[1:]), dtype=torch.float32, device=x.device)
+    partial = (
+        out if atomics else torch.empty((min(slots, pieces.shape[0]), *shape[1:]), dtype=torch.float32, device=x.device)
+    )
     with torch.cuda.device_of(x):
         _segment_gram_kernel[(pieces.shape[0] * triton.cdiv(d, bd) * triton.cdiv(e, be), heads)](
             x, y, order, pieces, out, partial, length, heads, *x_strides, *y_strides,
             D=d, E=e, BT=config.block_t, BD=bd, BE=be,
-            SAME=eps is None and y is x and bd >= d and be >= e,
+            SAME=config.load_once and eps is None and y is x and bd >= d and be >= e,
             EPS=eps, ATOMIC=atomics, PRECISION=configs.float32_dots(),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
@@ -424,64 +391,72 @@ def _gram_tile(config: configs.GramConfig, d: int, e: int, eps: float | None) ->
 
 # Builds
 
+_TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+#: (architecture, dtype, head size) of the gate: both norms of both kernels.
+_GATE = {(80, torch.bfloat16, 128), (90, torch.bfloat16, 128), (90, torch.float32, 256)}
+
+
+def _strides(of: str, axes: str) -> tuple[str, ...]:
+    return tuple(f"{of}_stride_{axis}" for axis in axes)
+
+
+def _gram_build(capability: int, dtype: torch.dtype, d: int, eps: float | None, same: bool) -> Build:
+    table = configs.GRAM if eps is None else configs.UNIT_GRAM
+    config = configs.find(table, capability, torch.finfo(dtype).bits, configs.padded(d))
+    bd, be = _gram_tile(config, d, d, eps)
+    strides = (*_strides("x", "bth"), *_strides("y", "bth"))
+    pointers = {"p_x": _TYPES[dtype], "p_y": _TYPES[dtype], "p_out": "*fp32", "p_partial": "*fp32"}
+    constants = {"D": d, "E": d, "BT": config.block_t, "BD": bd, "BE": be, "SAME": same, "EPS": eps, "ATOMIC": False}
+    return Build(
+        name=f"{'unit_gram' if eps else 'segment_gram'}{' of one' if same else ''} {_TYPES[dtype][1:]} {d}",
+        kernel=_segment_gram_kernel,
+        capability=capability,
+        types={
+            **pointers,
+            "p_order": "*i32",
+            "p_pieces": "*i32",
+            **dict.fromkeys(("length", "heads", *strides), "i32"),
+        },
+        constants={**constants, "PRECISION": "ieee"},
+        config=config,
+        divisible_by_16=strides,
+        gate=(capability, dtype, d) in _GATE,
+    )
+
+
+def _project_build(capability: int, dtype: torch.dtype, d: int, eps: float | None) -> Build:
+    table = configs.PROJECT if eps is None else configs.UNIT_PROJECT
+    config = configs.find(table, capability, torch.finfo(dtype).bits, configs.padded(d))
+    strides = (*_strides("x", "bth"), *_strides("matrix", "ghd"), *_strides("unit", "ghd"))
+    pointers = {"p_x": _TYPES[dtype], "p_matrix": "*fp32", "p_unit": "*fp32", "p_out": _TYPES[dtype]}
+    integers = dict.fromkeys(("length", "heads", "splits", *strides), "i32")
+    size = configs.padded(d)
+    constants = {"D": d, "E": d, "BT": config.block_t, "BD": size, "BE": min(config.block_e, size), "KEEP": True}
+    return Build(
+        name=f"{'unit_project' if eps else 'segment_project'} {_TYPES[dtype][1:]} {d}",
+        kernel=_segment_project_kernel,
+        capability=capability,
+        types={**pointers, "p_order": "*i32", "p_pieces": "*i32", **integers},
+        constants={"matrix_stride_e": 1, "unit_stride_e": 1, **constants, "EPS": eps, "PRECISION": "ieee"},
+        config=config,
+        divisible_by_16=strides,
+        # Two registers too few.
+        stack_allowance=16 if (capability, size, eps is None) == (100, MAX_DIM, False) else 0,
+        gate=(capability, dtype, d) in _GATE,
+    )
+
 
 def builds() -> Iterator[Build]:
     """Every configuration, at the head sizes that it is for, and one that needs masks."""
-    types = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-    strides = ("x_stride_b", "x_stride_t", "x_stride_h")
     for capability in configs.ARCHITECTURES:
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for dtype in _TYPES:
             for d in (64, 96, 128, 256):
-                name = f"{types[dtype][1:]} {d}"
-                bits = torch.finfo(dtype).bits
-                gate = (capability, dtype, d) in {
-                    (80, torch.bfloat16, 128), (90, torch.bfloat16, 128), (90, torch.float32, 256)
-                }  # fmt: skip
-                for eps, table in ((None, configs.GRAM), (1e-6, configs.UNIT_GRAM)):
-                    config = configs.find(table, capability, bits, configs.padded(d))
-                    bd, be = _gram_tile(config, d, d, eps)
-                    yield Build(
-                        name=f"{'unit_gram' if eps else 'segment_gram'} {name}",
-                        kernel=_segment_gram_kernel,
-                        capability=capability,
-                        types={
-                            **dict.fromkeys(("p_x", "p_y"), types[dtype]),
-                            **dict.fromkeys(("p_order", "p_pieces"), "*i32"),
-                            **dict.fromkeys(("p_out", "p_partial"), "*fp32"),
-                            **dict.fromkeys(("length", "heads", *strides), "i32"),
-                            **{s.replace("x", "y"): "i32" for s in strides},
-                        },
-                        constants={
-                            "D": d, "E": d, "BT": config.block_t, "BD": bd, "BE": be, "EPS": eps, "ATOMIC": False,
-                            "SAME": eps is None and bd >= d and be >= d, "PRECISION": "ieee",
-                        },
-                        config=config,
-                        divisible_by_16=(*strides, *(s.replace("x", "y") for s in strides)),
-                        gate=gate,
-                    )  # fmt: skip
                 for eps in (None, 1e-6):
-                    project = configs.PROJECT if eps is None else configs.UNIT_PROJECT
-                    columns = configs.find(project, capability, bits, configs.padded(d))
-                    matrix = [f"{of}_stride_{axis}" for of in ("matrix", "unit") for axis in "ghd"]
-                    yield Build(
-                        name=f"{'unit_project' if eps else 'segment_project'} {name}",
-                        kernel=_segment_project_kernel,
-                        capability=capability,
-                        types={
-                            **dict.fromkeys(("p_x", "p_out"), types[dtype]),
-                            **dict.fromkeys(("p_matrix", "p_unit"), "*fp32"),
-                            **dict.fromkeys(("p_order", "p_pieces"), "*i32"),
-                            **dict.fromkeys(("length", "heads", "splits", *strides, *matrix), "i32"),
-                        },
-                        constants={
-                            "matrix_stride_e": 1, "unit_stride_e": 1, "D": d, "E": d, "BT": columns.block_t,
-                            "BD": configs.padded(d), "BE": min(columns.block_e, configs.padded(d)), "KEEP": True,
-                            "EPS": eps, "PRECISION": "ieee",
-                        },
-                        config=columns,
-                        divisible_by_16=(*strides, *matrix),
-                        gate=gate,
-                    )  # fmt: skip
+                    yield _gram_build(capability, dtype, d, eps, same=False)
+                    yield _project_build(capability, dtype, d, eps)
+                gram = configs.find(configs.GRAM, capability, torch.finfo(dtype).bits, configs.padded(d))
+                if gram.load_once and gram.block_d >= d:
+                    yield _gram_build(capability, dtype, d, None, same=True)
         yield Build(
             name="sum_slots 128x128",
             kernel=_sum_slots_kernel,
@@ -489,4 +464,5 @@ def builds() -> Iterator[Build]:
             types={"p_partial": "*fp32", "p_groups": "*i32", "p_out": "*fp32", "heads": "i32"},
             constants={"SIZE": 128 * 128, "BLOCK": SUM_BLOCK},
             config=configs.Launch(4, 3),
+            gate=capability == 90,
         )

@@ -1,0 +1,120 @@
+"""Kernels compiled without a GPU: every build of the gate, within its architecture's limits, and a report that would
+show where one is not. Compiling takes a process of its own: here Triton is in its interpreter."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moda_kernels import triton
+
+pytest.importorskip("triton")
+
+from moda_kernels.triton import aot, configs
+from moda_kernels.triton.configs import Launch
+
+
+def compiler(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=900)
+
+
+@pytest.fixture(scope="module")
+def reports() -> list[dict[str, Any]]:
+    done = compiler("-m", "moda_kernels.triton.aot", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.slow
+def test_the_builds_of_the_gate_compile(reports: list[dict[str, Any]]) -> None:
+    gate = [build for build in aot.builds() if build.gate]
+    assert [(r["name"], r["capability"]) for r in reports] == [(b.name, b.capability) for b in gate]
+    for report in reports:
+        print(report)
+        assert report["faults"] == []
+        assert 0 < report["registers"] <= 255 and report["seconds"] > 0
+        assert report["shared"] <= aot.SHARED_LIMIT[report["capability"]]
+
+
+@pytest.mark.slow
+def test_products_of_16_bits_are_on_tensor_cores(reports: list[dict[str, Any]]) -> None:
+    for report in reports:
+        if "16 " in report["name"]:
+            assert report["wgmma" if report["capability"] == 90 else "mma_sync"] > 0, report
+        elif "fp32" in report["name"]:
+            assert report["wgmma"] == report["mma_sync"] == 0, f"{report['name']} is not IEEE"
+
+
+def test_every_kernel_is_in_the_gate_and_on_every_architecture() -> None:
+    builds = list(aot.builds())
+    kernels = {build.kernel for build in builds}
+    assert {build.kernel for build in builds if build.gate} == kernels
+    for kernel in kernels:
+        assert {build.capability for build in builds if build.kernel is kernel} == set(configs.ARCHITECTURES)
+    assert len({(build.name, build.capability) for build in builds}) == len(builds), "a name is given twice"
+
+
+def test_faults() -> None:
+    build = next(iter(aot.builds()))
+    fine = aot.Report(128, 0, 1024, 0, 0, 4, 0, 0, 1.0)
+    assert build.faults(fine) == []
+    limit = aot.SHARED_LIMIT[build.capability]
+    assert build.faults(dataclasses.replace(fine, shared=limit)) == []
+    assert f"{limit + 1} bytes of shared memory" in build.faults(dataclasses.replace(fine, shared=limit + 1))[0]
+    spilled = dataclasses.replace(fine, stack=40)
+    assert "40 bytes of stack, 0 allowed" in build.faults(spilled)[0]
+    assert dataclasses.replace(build, stack_allowance=40).faults(spilled) == []
+
+
+KERNEL = """
+import sys
+import triton, triton.language as tl
+from moda_kernels.triton.aot import Build, compile_kernel
+from moda_kernels.triton.configs import Launch
+@triton.jit
+def product(p_x, p_out, stride, B: tl.constexpr):
+    o = tl.arange(0, B)
+    b_x = tl.load(p_x + o[:, None] * stride + o[None, :])
+    tl.store(p_out + o[:, None] * stride + o[None, :], tl.dot(b_x, b_x))
+types = {"p_x": "*bf16", "p_out": "*fp32", "stride": "i32"}
+for size in (64, 256):
+    build = Build("product", product, 90, types, {"B": size}, Launch(4, 2), ("stride",))
+    print(build.faults(build.compile()))
+try:
+    compile_kernel(product, types, {}, Launch(4, 2), 90)
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_a_kernel_that_is_too_large_is_reported(tmp_path: Path) -> None:
+    path = tmp_path / "product.py"
+    path.write_text(KERNEL)
+    done = compiler(str(path))
+    small, large, wrong = done.stdout.splitlines() or [done.stderr]
+    assert small == "[]"
+    assert "bytes of stack, 0 allowed" in large or "bytes of shared memory" in large
+    assert wrong == "product: types and constants differ from the kernel's arguments in ['B']"
+
+
+@pytest.mark.skipif(not triton.interpreted(), reason="needs Triton's interpreter")
+def test_the_interpreter_compiles_nothing() -> None:
+    build = next(iter(aot.builds()))
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
+        aot.compile_kernel(build.kernel, build.types, build.constants, Launch(4, 2), 90)
+
+
+def test_tables_cover_every_head_size() -> None:
+    for table in (configs.GRAM, configs.UNIT_GRAM, configs.PROJECT, configs.UNIT_PROJECT):
+        for architecture in configs.ARCHITECTURES:
+            for bits in (16, 32):
+                for size in (1, 16, 40, 72, 80, 96, 128, 192, 256):
+                    config = configs.find(table, architecture, bits, configs.padded(size))
+                    assert config.num_warps in (4, 8)
