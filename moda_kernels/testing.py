@@ -156,7 +156,8 @@ class Case:
         pseudo: arguments of PseudoAttention; base and decay become tensors [Hq] where they are None.
         bias: "own" ([N, Hq, M, M]) or "shared" ([1, 1, M, M]).
         fusion, scope, norm, aligned: the aligner's; fusion "released" is the released map.
-        attn_mask: "bool", "float" (differentiable) or "fixed" (a float mask without gradient). weights: branch weights as tensors. value_dim: relative to the head size.
+        attn_mask: "bool", "float" (differentiable) or "fixed" (a float mask without gradient). weights: branch weights
+            as tensors. value_dim: relative to the head size.
     """
 
     name: str
