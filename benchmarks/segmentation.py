@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks import results
 from moda_kernels import ModularMask, native, segment_modalities
+from moda_kernels.bench import results
 from moda_kernels.layout import segment_table_torch, segment_tokens_torch
 from moda_kernels.tiles import _capacities, tile_lists_torch
 
@@ -104,10 +104,8 @@ def main() -> None:
         "segmentation, 2^20 tokens, 256 packed documents, items": segmentation(documents, True, device),
         "tile lists 128 x 64, 2^15 tokens": lists(1 << 15, device),
     }
-    environment = results.environment()
-    if device == "cuda":
-        environment["gpu"] = torch.cuda.get_device_name()
-    shown = ("cpu", "gpu", "threads", "torch", "load_average")
+    environment = results.environment(device)
+    shown = ("device", "threads", "torch", "load_average")
     print(", ".join(f"{key} {environment[key]}" for key in shown if key in environment))
     print(f"{'':56}{'native, ms (p10-p90)':>28}{'PyTorch, ms (p10-p90)':>30}{'ratio':>9}")
     for name, (extension, twin) in cases.items():

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.cases import PASSES, Case
+from benchmarks.layouts import IMAGE, LAYOUTS, TEXT, make_workload
+from benchmarks.peers import PEERS, Contestant, Peer
 from torch import Tensor
 
 from benchmarks import __main__ as command_line
 from benchmarks import memory, results, runner, verify
-from benchmarks.cases import PASSES, Case
-from benchmarks.layouts import IMAGE, LAYOUTS, TEXT, make_workload
-from benchmarks.peers import PEERS, Contestant, Peer
 from moda_kernels import reference
 
 QUICK = runner.Options(
