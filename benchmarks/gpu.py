@@ -13,6 +13,7 @@ Standard library only, so that it can report even that torch is missing.
 
 import argparse
 import contextlib
+import math
 import os
 import shutil
 import signal
@@ -27,10 +28,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 #: Seconds kept back for the report and for giving the files back.
 RESERVE = 15.0
-#: Of all logs together, and of one step's in the report.
-LOG_BYTES, TAIL_LINES, TAIL_CHARACTERS = 8 * 2**20, 12, 1200
-#: Of the report: a longer one would be cut at its beginning by whoever shows the end only.
-REPORT_CHARACTERS = 11000
+#: In a command: the seconds that it has, less those in which it finishes what it has begun.
+OWN_LIMIT, WIND_UP = "{seconds}", 45.0
+#: Of all logs together in the file, and of a failed step's in the report.
+LOG_BYTES, TAIL_LINES = 8 * 2**20, 20
+#: Characters of what is printed at the end: 12,000 are often all that is seen.
+SHOWN = {"logs": 2400, "results": 5000, "targets": 3400}
+#: Between the two parts that `figures` prints.
+BETWEEN = "=== targets ==="
 
 
 @dataclass
@@ -62,9 +67,10 @@ class Step:
             self.outcome = "no time left"
             return
         begin = time.monotonic()
-        print(f"{self.name}: {' '.join(self.command)} (at most {limit:.0f} s)", flush=True)
+        command = [part.replace(OWN_LIMIT, f"{max(limit - WIND_UP, 1):.0f}") for part in self.command]
+        print(f"{self.name}: {' '.join(command)} (at most {limit:.0f} s)", flush=True)
         process = subprocess.Popen(
-            self.command,
+            command,
             cwd=ROOT,
             env=os.environ | self.environment,
             stdin=subprocess.DEVNULL,
@@ -87,7 +93,7 @@ class Step:
         print(f"{self.name}: {self.outcome} ({self.seconds:.0f} s)", flush=True)
 
 
-def phases(folder: Path, dry: bool, commit: str | None, seconds: float) -> list[list[Step]]:
+def phases(folder: Path, dry: bool, commit: str | None) -> list[list[Step]]:
     """The steps: those of one phase run at the same time."""
     python = sys.executable
     package = [python, "-m", "moda_kernels"]
@@ -98,13 +104,13 @@ def phases(folder: Path, dry: bool, commit: str | None, seconds: float) -> list[
         [python, "setup.py", "--quiet", "build_ext", *(build_options or ["--inplace"])],
         120,
         # Nobody waits here for architectures that the machine hasn't got.
-        {"MODA_KERNELS_NO_CUDA": "1"}
-        if dry
-        else {"MODA_KERNELS_REQUIRE_EXTENSION": "1", "MODA_KERNELS_CUDA_ARCHITECTURES": "90"},
+        {"MODA_KERNELS_NO_CUDA": "1"} if dry else {"MODA_KERNELS_REQUIRE_EXTENSION": "1", **architecture()},
     )
     tests = ["tests/test_native.py"] if dry else ["tests"]
     sanitizer = shutil.which("compute-sanitizer")
-    checked = [*package, "verify", "--quick", "--seconds", "45", "--dtypes", "bfloat16,float32", "--device", "cuda"]
+    few = "masks;split;pair bias;concat, causal scope;fewer queries;packed documents"
+    checked = [*package, "verify", "--quick", "--seconds", "60", "--dtypes", "bfloat16", "--device", "cuda"]
+    checked += ["--features", few]
     # Without torch's cache every tensor is an allocation of its own, whose bounds can be checked.
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "2"}
     missing = "needs a CUDA GPU" if dry else "" if sanitizer else "compute-sanitizer is not on PATH"
@@ -130,6 +136,7 @@ def phases(folder: Path, dry: bool, commit: str | None, seconds: float) -> list[
         Step(
             "segmentation",
             [python, "-m", "benchmarks.segmentation", "--device", device, "--runs", "20"]
+            + (["--tokens", "4096"] if dry else [])
             + ["--out", str(folder / "segmentation.jsonl")],
             90,
         ),
@@ -137,43 +144,68 @@ def phases(folder: Path, dry: bool, commit: str | None, seconds: float) -> list[
     bench = [*package, "bench", "--out", str(folder / "attention.jsonl")]
     bench += ["--tiny"] if dry else ["--device", "cuda"]
     bench += ["--commit", commit] if commit else []
-    # It stops by itself before its time is over, and then has tables and a picture; the checks take 3 minutes.
-    own = seconds - 45 - 170
-    return [[build], checks, [Step("bench", [*bench, "--limit", f"{own - 30:.0f}"], own + 60)]]
+    # It stops by itself before its time is over, and then has tables and a picture.
+    return [[build], checks, [Step("bench", [*bench, "--limit", OWN_LIMIT], math.inf)]]
 
 
-def report(folder: Path, steps: Sequence[Step], dry: bool) -> str:
-    """What matters, shortest last."""
-    parts = []
-    for step in steps:
-        if not step.good and step.log:
-            tail = "\n".join(step.log.strip().splitlines()[-TAIL_LINES:])[-TAIL_CHARACTERS:]
-            parts.append(f"--- the end of the log of {step.name} ---\n{tail}")
-    figures = folder / "attention.jsonl"
-    if figures.exists() and figures.stat().st_size:
-        code = "import sys; from benchmarks.gpu import figures; print(figures(sys.argv[1], sys.argv[2] == 'dry'))"
+def architecture() -> dict[str, str]:
+    """The build's variable for the GPU that is here; nothing where nvidia-smi doesn't say."""
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return {}
+    query = [smi, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    said = subprocess.run(query, capture_output=True, text=True, timeout=30, stdin=subprocess.DEVNULL).stdout
+    found = sorted({line.strip().replace(".", "") for line in said.splitlines() if line.strip()})
+    return {"MODA_KERNELS_CUDA_ARCHITECTURES": ";".join(found)} if found else {}
+
+
+def report(folder: Path, steps: Sequence[Step], dry: bool) -> tuple[str, str]:
+    """All that matters, in full, and short enough to be seen whole."""
+    logs = [
+        f"--- {step.name}, end of its log ---\n" + "\n".join(step.log.strip().splitlines()[-TAIL_LINES:])
+        for step in steps
+        if not step.good and step.log
+    ]
+    found, targets = "", ""
+    results = folder / "attention.jsonl"
+    if results.exists() and results.stat().st_size:
+        code = "import sys; from benchmarks.gpu import figures; figures(sys.argv[1], sys.argv[2] == 'dry')"
         done = subprocess.run(
-            [sys.executable, "-c", code, str(figures), "dry" if dry else "real"],
+            [sys.executable, "-c", code, str(results), "dry" if dry else "real"],
             cwd=ROOT, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL,
         )  # fmt: skip
-        parts.append(done.stdout.strip() if done.returncode == 0 else f"no figures:\n{done.stderr[-TAIL_CHARACTERS:]}")
+        found, _, targets = done.stdout.partition(BETWEEN)
+        if done.returncode:
+            logs.append(f"--- figures ---\n{done.stderr}")
     width = max(len(step.name) for step in steps)
-    lines = [f"{step.name:{width}}  {step.seconds:4.0f} s  {step.outcome}" for step in steps]
-    parts.append("--- steps ---\n" + "\n".join(lines))
-    text = "\n\n".join(parts)
-    return text if len(text) <= REPORT_CHARACTERS else "[cut]\n" + text[-REPORT_CHARACTERS:]
+    outcomes = "\n".join(f"{step.name:{width}}  {step.seconds:4.0f} s  {step.outcome}" for step in steps)
+    log_share = SHOWN["logs"] // max(len(logs), 1)
+    short = [_cut(log, log_share, end=True) for log in logs]
+    parts = ["--- steps ---\n" + outcomes]
+    if found:
+        titles = ("--- results: times over the first's ---\n", "--- targets ---\n")
+        parts = [titles[0] + found.strip(), titles[1] + targets.strip(), *parts]
+        short += [_cut(parts[0], SHOWN["results"]), _cut(parts[1], SHOWN["targets"])]
+    return "\n\n".join([*logs, *parts]), "\n\n".join([*short, parts[-1]])
 
 
-def figures(path: str, dry: bool) -> str:
-    """Targets and a table of a result file; imports torch, so it runs in a process of its own."""
+def _cut(text: str, characters: int, end: bool = False) -> str:
+    if len(text) <= characters:
+        return text
+    return "[…]\n" + text[-characters:] if end else text[:characters] + "\n[… summary.txt has the rest]"
+
+
+def figures(path: str, dry: bool) -> None:
+    """Prints a table and the targets of a result file; imports torch, so it runs in a process of its own."""
     from benchmarks import targets
     from moda_kernels.bench import results, tables
 
     records = results.read(Path(path))
     ours = "moda-cpu" if dry else targets.OURS
-    lines = [str(target) for target in targets.targets(records, ours, 0 if dry else targets.SHORTEST)]
-    found = [*tables.overview(records), "", *tables.peaks(records), *(f"absent: {m}" for m in tables.missing(records))]
-    return "\n".join(["--- results ---", *found, "", "--- targets ---", *lines])
+    found = [*tables.peaks(records), *tables.overview(records), *(f"absent: {m}" for m in tables.missing(records))]
+    print("\n".join(found), BETWEEN, sep="\n")
+    for target in targets.targets(records, ours, 0 if dry else targets.SHORTEST):
+        print(target)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -188,16 +220,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     seconds = 60 * asked.minutes - RESERVE
     steps: list[Step] = []
-    for phase in phases(folder, asked.cpu_dry_run, asked.commit, seconds):
+    for phase in phases(folder, asked.cpu_dry_run, asked.commit):
         steps += phase
         with ThreadPoolExecutor(len(phase)) as pool:
             list(pool.map(lambda step: step.run(begin + seconds), phase))
     shutil.rmtree(folder / "build", ignore_errors=True)
     logs = "\n".join(f"=== {step.name}: {step.outcome} ===\n{step.log}" for step in steps)
     (folder / "logs.txt").write_text(logs[-LOG_BYTES:], encoding="utf-8")
-    text = report(folder, steps, asked.cpu_dry_run)
-    (folder / "summary.txt").write_text(text + "\n", encoding="utf-8")
-    print("\n" + text)
+    full, short = report(folder, steps, asked.cpu_dry_run)
+    (folder / "summary.txt").write_text(full + "\n", encoding="utf-8")
+    print("\n" + short)
     return 0 if all(step.good or (asked.cpu_dry_run and step.missing) for step in steps) else 1
 
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from moda_kernels.bench import pieces, plans, plots, results, runner, tables
-from moda_kernels.bench.cases import MODES, Case
-from moda_kernels.bench.layouts import LAYOUTS
+from moda_kernels.bench.cases import MODES, Case, can
+from moda_kernels.bench.layouts import LAYOUTS, SHORTEST
 from moda_kernels.bench.peers import PEERS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -96,6 +96,9 @@ def _plan(arguments: argparse.Namespace, device: str) -> tuple[list[runner.Match
         shape |= {"query_heads": arguments.heads[0], "key_heads": arguments.heads[1]}
     if arguments.head_dim:
         shape["head_dim"] = arguments.head_dim
+    short = [length for length in arguments.lengths or () if length < SHORTEST]
+    if short:
+        raise ValueError(f"--lengths: expected at least {SHORTEST}, got {', '.join(map(str, short))}")
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     contestants = plans.peers(*(arguments.contestants or ()), device=device)
     if any((arguments.layouts, arguments.lengths, arguments.dtypes, arguments.modes)):
@@ -107,6 +110,7 @@ def _plan(arguments: argparse.Namespace, device: str) -> tuple[list[runner.Match
             for name in arguments.dtypes or (str(dtype).removeprefix("torch."),)
             for layout in arguments.layouts or LAYOUTS
             for mode in arguments.modes or ("forward", "training")
+            if can(layout, mode)
         ]
         named = list(dict.fromkeys((m.case.layout, m.case.length, m.case.dtype) for m in matches))
     else:
@@ -121,7 +125,10 @@ def _plan(arguments: argparse.Namespace, device: str) -> tuple[list[runner.Match
     if arguments.no_memory or arguments.tiny:
         matches = [runner.Match(m.case, m.peers) for m in matches]
     parts = [Case(layout, length, kind, seed=arguments.seed, device=device, **shape) for layout, length, kind in named]
-    return [m for m in matches if m.peers], [] if arguments.no_pieces else parts
+    matches = [m for m in matches if m.peers]
+    if not matches:
+        raise ValueError("nothing to run: no contestant in any case (packed documents aren't decoded)")
+    return matches, [] if arguments.no_pieces else parts
 
 
 def _measure(

@@ -38,6 +38,12 @@ class Case:
     seed: int = 0
     device: str = "cpu"
 
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {self.mode!r}")
+        if not can(self.layout, self.mode):
+            raise ValueError(f"mode: expected decoding of one sequence, got it of {self.layout!r}")
+
     @functools.cached_property
     def workload(self) -> Workload:
         return make_workload(self.layout, self.length, self.seed, self.device)
@@ -90,3 +96,8 @@ class Case:
 
     def __str__(self) -> str:
         return f"{self.layout}, L = {self.length}, {self.dtype_name}, {self.mode}"
+
+
+def can(layout: str, mode: str) -> bool:
+    """Whether a layout has a mode: packed documents have no last token to decode."""
+    return not (layout == "packed" and mode == "decode")

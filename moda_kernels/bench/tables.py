@@ -104,7 +104,8 @@ def missing(records: Sequence[Record]) -> list[str]:
     ran = {r["contestant"] for r in records if "ms" in r}
     for record in records:
         if record["contestant"] not in ran:
-            reasons.setdefault(record["contestant"], {})[f"{record['status']}: {record['reason']}"] = None
+            status = "" if record["status"] == "absent" else f"{record['status']}: "
+            reasons.setdefault(record["contestant"], {})[f"{status}{record['reason']}"] = None
     return [f"{name}: {'; '.join(found)}" for name, found in reasons.items()]
 
 
@@ -147,25 +148,27 @@ def comparison(old: Sequence[Record], new: Sequence[Record]) -> str:
 
 
 def overview(records: Sequence[Record]) -> list[str]:
-    """A result file in few lines: a line per case and pass, milliseconds and rate of ours, and of the others how many
-    times as long they took."""
+    """A result file in few characters: a line per case and pass with the milliseconds and the useful rate of the first
+    contestant (decoding: bytes of the cache), and the times of the others divided by its."""
     cases: dict[tuple[str, int, str, str], list[Record]] = {}
     lines = []
     for r in records:
         if "ms" in r and r["status"] == "ok":
+            w = r["workload"]
             if "relative_time" in r:
-                w = r["workload"]
                 cases.setdefault((w["name"], w["length"], r["dtype"], r["pass"]), []).append(r)
             else:
-                w, ms = r["workload"], r["ms"]["median"]
-                graph = " (graph)" if r["graph"] else ""
-                lines.append(f"{w['name']} {w['length']} {r['pass']}: {ms:.4g} ms{graph}")
+                graph = " in a graph" if r["graph"] else ""
+                lines.append(f"{w['name']} {w['length']} {r['pass']}: {r['ms']['median']:.3g} ms{graph}")
     for (name, length, dtype, measured), found in cases.items():
         first, *others = _once(found)
         rate = "cache_gb_per_s" if measured == "decode" else "useful_gflops"
-        times = ", ".join(f"{r['contestant']} {r['ms']['median'] / first['ms']['median']:.2f}x" for r in others)
-        own = f"{first['contestant']} {first['ms']['median']:.4g} ms, {first[rate]:.0f} G{_UNITS[rate]}"
-        lines.append(f"{name} {length} {dtype} {SHORT[measured]}: {own}; {times}")
+        family = first["contestant"] + "-"
+        times = [
+            f"{r['contestant'].replace(family, '+')} {r['ms']['median'] / first['ms']['median']:.2f}" for r in others
+        ]
+        own = f"{first['contestant']} {first['ms']['median']:.3g} ms, {first[rate]:.4g} G{_UNITS[rate]}"
+        lines.append(f"{name} {length} {dtype} {SHORT[measured]}: {'; '.join([own, *times])}")
     return lines
 
 

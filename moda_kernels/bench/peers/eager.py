@@ -18,7 +18,7 @@ from moda_kernels.grouped import compute_dtype
 #: On a CPU, more tokens than this take longer than they tell.
 LONGEST_ON_CPU = 4096
 #: Per score: itself in the dtype, in float32 with the mask, and its softmax in float32 and in the dtype.
-FORWARD_BYTES, TRAINING_BYTES = 14.0, 24.0
+FORWARD_BYTES, TRAINING_BYTES = 14.0, 20.0
 
 #: Dense additive mask ``[1, 1, L, L]``, and per sequence its first token, its end, and its tokens by modality.
 State = tuple[Tensor, list[tuple[int, int, list[Tensor]]]]

@@ -17,14 +17,14 @@ class Flash(Peer):
         self.name, self.module, self.package = name, module, package
 
     def why_not(self, case: Case) -> str | None:
-        if not (case.workload.causal or case.workload.full):
-            return "it has no such mask: see the layouts causal and full"
         try:
             self._function()
         except Exception as error:  # an extension built for another torch fails in ways of its own
             return f"{self.package} cannot be imported ({type(error).__name__}: {str(error).splitlines()[0]})"
         if case.device == "cpu":
             return "a CUDA kernel"
+        if not (case.workload.causal or case.workload.full):
+            return "it has no such mask: see the layouts causal and full"
         return None
 
     def attend(self, state: None, tensors: dict[str, Tensor], case: Case) -> Tensor:

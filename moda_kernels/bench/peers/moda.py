@@ -36,8 +36,6 @@ class Moda(Peer):
     def why_not(self, case: Case) -> str | None:
         if self.backend not in BACKENDS:
             return f"this moda_kernels has no backend {self.backend!r}"
-        if case.mode == "decode" and case.workload.packed:
-            return "decoding is compared on one sequence"
         longest = self.longest
         if self.backend == "triton" and triton.interpreted():
             longest = LONGEST_INTERPRETED

@@ -41,10 +41,10 @@ class Sdpa(Peer):
         self.name, self.kernel = name, kernel
 
     def why_not(self, case: Case) -> str | None:
-        if self.kernel is not None and not self.answers(case):
-            return "it has no such mask: see the layouts causal and full"
         if self.kernel in ("cudnn", "efficient") and case.device == "cpu":
             return "a CUDA kernel"
+        if self.kernel is not None and not self.answers(case):
+            return "it has no such mask: see the layouts causal and full"
         if self.kernel == "math":
             return too_large(case, MATH_BYTES * (2 if case.backward else 1))
         return None
