@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from moda_kernels import __main__ as command_line
+from moda_kernels import bench
 from moda_kernels.bench import clock, plots, results, runner, tables
 from moda_kernels.bench.cases import Case
 from moda_kernels.bench.peers import PEERS
@@ -177,6 +178,14 @@ def test_the_command_writes_tables_results_and_a_picture_and_compares(
     assert command_line.main([*options, "--no-pieces", "--compare", str(tmp_path / "old.jsonl")]) == 0
     assert "6 compared; 10 only in the old, 0 only in the new." in capsys.readouterr().out
     assert len(results.read(out)) < len(records), "a run begins its result file anew"
+
+
+def test_only_this_packages_faults_fail_a_run(measured: list[Record]) -> None:
+    assert bench.exit_code(measured) == 0
+    for contestant, code in (("flex", 0), ("moda-triton", 1), ("moda", 1)):
+        for status in ("wrong", "failed"):
+            assert bench.exit_code([*measured, {"contestant": contestant, "status": status}]) == code
+    assert bench.exit_code([{"contestant": "moda-triton", "status": "absent"}]) == 0
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 Mark = Callable[[], None]
 #: A GPU is kept busy so long before each sample, so that the host is ahead when the clock starts: what is timed is then
 #: the device's work, not the host's launching of it (unless that takes longer still).
-HEAD_START = 1e-3
+HEAD_START = 3e-3
 #: Sizes of the matrix product and bytes of the copy: large enough to fill the machine, small enough for a second.
 PRODUCT = {"cpu": 2048, "cuda": 8192}
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}

@@ -120,6 +120,8 @@ def run_case(
         peer.name: memory.measure(peer, case)
         for peer in match.peers
         if match.memory and admitted[peer.name]["status"] in ("ok", "control")
+        # On the CPU it is measured in a process of its own, which would compile all over again.
+        if not (peer.compiles and case.device == "cpu")
     }
     last = {
         "threads": torch.get_num_threads(),

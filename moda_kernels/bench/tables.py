@@ -6,12 +6,12 @@ from moda_kernels.bench import results
 from moda_kernels.bench.results import Record
 
 #: Printed once, below the tables.
-LEGEND = (
-    "x time: median time divided by that of the first contestant of the table. GFLOP/s: useful ones, visible pairs "
-    "only;\n% GEMM: of the rate of a large matrix product in this dtype, measured in this run. setup: layout, plan or "
-    "mask, made\nonce for all layers, not part of ms. peak: memory of setup and call above the inputs. A control "
-    "computes something\nelse: it is not checked, and has no ratio."
-)
+LEGEND = """\
+x time: median time divided by that of the first contestant of the table. GFLOP/s: useful ones, visible pairs only;
+% GEMM: of the rate of a large matrix product in this dtype, measured in this run. setup: layout, plan or mask, made
+once for all layers, not part of ms. peak: memory of setup and call above the inputs. A control computes something
+else: it is not checked, and has no ratio. All others were checked against float64 first: every query row up to 1,024
+tokens, of longer sequences rows at segment boundaries and rows anywhere, with the gradients that they cause."""
 #: Names of passes where space is short.
 SHORT = {"forward": "fwd", "backward": "bwd", "forward+backward": "fwd+bwd", "decode": "decode"}
 #: Two medians closer than this are the same.
