@@ -213,6 +213,15 @@ def test_every_contestant_that_needs_no_compiler_is_right(layout: str) -> None:
                 assert record["status"] != "absent", record["reason"]
 
 
+def test_the_triton_peers_are_right_in_the_interpreter() -> None:
+    case = Case("llava-next", 64, torch.float32, "training", query_heads=2, key_heads=1, head_dim=16, seed=3)
+    statuses = {name: runner._admit(PEERS[name], case)[0] for name in ("moda-triton", "moda-triton-aligned")}
+    for name, record in statuses.items():
+        if record["status"] == "absent":
+            pytest.skip(record["reason"])
+        assert record["status"] == "ok", (name, record["reason"])
+
+
 def test_flex_is_right_before_it_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -396,6 +405,52 @@ def test_training_samples_are_cut_between_forward_and_backward(monkeypatch: pyte
     entry = runner._Entry(lambda: [], 1, 1.0, samples=[[1.0, 3.0], [2.0, 4.0]])
     assert runner._seconds_of(entry, "backward") == [3, 4]
     assert runner._seconds_of(entry, "forward+backward") == [4, 6]
+
+
+def test_the_cuda_clock_empties_the_cache_before_it_starts_and_times_each_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With events, streams and memory that only take notes, as the device would get them."""
+    notes: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.at = 0
+
+        def record(self) -> None:
+            notes.append("event")
+            self.at = len(notes)
+
+        def synchronize(self) -> None:
+            assert notes[-1] == "event"
+
+        def elapsed_time(self, end: "Event") -> float:
+            return 1000.0 * (end.at - self.at)
+
+    class Cache:
+        def zero_(self) -> None:
+            notes.append("flush")
+
+    properties = types.SimpleNamespace(L2_cache_size=100)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: notes.append("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: notes.append("sleep"), raising=False)
+    sizes = []
+    monkeypatch.setattr(clock.torch, "empty", lambda size, **_: sizes.append(size) or Cache())
+    timer = clock.CudaClock()
+    assert sizes == [200]
+    notes.clear()
+
+    def work(mark: Any) -> None:
+        notes.append("forward")
+        mark()
+        notes.extend(["backward", "backward"])
+
+    assert timer.spans(work) == [2, 3]  # a note each for the work, and one for the event
+    assert notes == ["flush", "sleep", "event", "forward", "event", "backward", "backward", "event"]
+    notes.clear()
+    timer.wall(lambda: notes.append("work"))
+    assert notes == ["wait", "work", "wait"]
 
 
 def test_a_case_is_not_begun_after_the_limit() -> None:

@@ -77,7 +77,7 @@ def test_reports_are_short_and_files_have_the_rest(tmp_path: Path) -> None:
 def test_the_dry_run_walks_the_whole_way(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/gpu.py", str(tmp_path), "--cpu-dry-run", "--commit", "abc"]
     # The build is tested elsewhere, and takes a third of the time.
-    quick = os.environ | {"MODA_KERNELS_NO_EXTENSION": "1"}
+    quick = os.environ | {"MODA_KERNELS_NO_EXTENSION": "1", "TRITON_INTERPRET": "0"}
     done = subprocess.run(
         command, cwd=ROOT, env=quick, capture_output=True, text=True, timeout=400, stdin=subprocess.DEVNULL
     )
