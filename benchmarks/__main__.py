@@ -1,5 +1,5 @@
-"""`python -m benchmarks`: as `python -m moda_kernels bench`, but result file and picture go where the README's table is
-made from. Then: `python -m benchmarks.readme`."""
+"""`python -m benchmarks`: as `python -m moda_kernels bench`, but the result file and the picture of a whole plan go where
+the README's table is made from. Then: `python -m benchmarks.readme`."""
 
 import argparse
 import re
@@ -25,10 +25,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure; the exit code of `bench`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     bench.add_arguments(parser)
+    elsewhere = parser.get_default("out")
     parser.set_defaults(out=None)
     asked = parser.parse_args(arguments)
     if asked.out is None:
-        asked.out = result_file(asked.device)
+        chosen = (asked.quick, asked.tiny, asked.read, asked.layouts, asked.lengths, asked.dtypes, asked.modes)
+        # A part must not take the place of the whole.
+        asked.out = elsewhere if any(chosen) or asked.contestants else result_file(asked.device)
     return bench.run(asked)
 
 

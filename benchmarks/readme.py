@@ -5,7 +5,7 @@ files disagree.
 """
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from moda_kernels.bench import pieces, results
@@ -41,20 +41,23 @@ NO_GPU = "GPU figures are not measured yet."
 Key = tuple[str, int, str, str]
 
 
-def read(folder: Path = RESULTS) -> list[list[Record]]:
+def read(folder: Path = RESULTS) -> dict[Path, list[Record]]:
     """The records of each file of attention results, the CPU's first."""
     files = sorted(folder.glob("attention-*.jsonl"), key=lambda path: (path.stem != "attention-cpu", path.stem))
-    return [results.read(path) for path in files]
+    return {path: results.read(path) for path in files}
 
 
-def render(files: Iterable[Sequence[Record]]) -> str:
+def render(files: Mapping[Path, Sequence[Record]]) -> str:
     """Markdown: a section per file, one row per case, times divided by ours (more than 1: ours is faster)."""
     parts, on_gpu = [], False
-    for records in files:
+    for path, records in files.items():
         device = records[0]["device"]
         on_gpu = on_gpu or device == "cuda"
         name = records[0]["environment"]["device"] if device == "cuda" else "CPU"
         parts.append(f"**{name}**\n\n{_section(records, device)}")
+        picture = path.with_suffix(".png")
+        if picture.exists():
+            parts.append(f"![Useful GFLOP/s on {name}]({picture.relative_to(ROOT)})")
     if not on_gpu:
         parts.append(NO_GPU)
     return "\n\n".join(parts)

@@ -231,7 +231,7 @@ def as_gpu(records: list[Record], name: str) -> list[Record]:
 def test_readme_tables_are_per_machine_and_set_like_against_like(measured: list[Record]) -> None:
     readme = pytest.importorskip("benchmarks.readme", reason="the tests stand alone, without the source tree")
     by = {(r["workload"]["name"], r["workload"]["length"], r["pass"], r["contestant"]): r for r in measured}
-    cpu = readme.render([measured])
+    cpu = readme.render({Path("cpu.jsonl"): measured})
     assert cpu.startswith("**CPU**") and cpu.endswith("GPU figures are not measured yet.")
     row = next(line for line in cpu.splitlines() if line.startswith("| llava-next | 96 | float32 | fwd |"))
     eager, ours = (by["llava-next", 96, "forward", name] for name in ("eager-moda", "moda-cpu-aligned"))
@@ -239,7 +239,7 @@ def test_readme_tables_are_per_machine_and_set_like_against_like(measured: list[
         "eager MODA aligns keys: against ours that does"
     )
     assert "bwd" not in [cell.strip() for cell in cpu.replace("\n", "|").split("|")]
-    both = readme.render([measured, as_gpu(measured, "NVIDIA H100")])
+    both = readme.render({Path("cpu.jsonl"): measured, Path("h.jsonl"): as_gpu(measured, "NVIDIA H100")})
     assert "**NVIDIA H100**" in both and "not measured yet" not in both and "1.2, CUDA 13.0" in both
     assert "| bwd |" in both.partition("**NVIDIA H100**")[2]
 
@@ -263,3 +263,23 @@ def test_targets_are_met_or_short(measured: list[Record]) -> None:
     piece["workload"] = found[0]["workload"] | {"length": 32768}
     (lists,) = targets.targets([piece | {"ms": {"median": 0.04}}])
     assert lists.met and "graph" in lists.name and "<= 0.05" in str(lists)
+
+
+def test_only_a_whole_plan_goes_to_the_committed_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    suite = pytest.importorskip("benchmarks.__main__", reason="the tests stand alone, without the source tree")
+    asked: list[Any] = []
+    monkeypatch.setattr(bench, "run", lambda arguments: asked.append(arguments.out) or 0)
+    for options in (
+        ["--device", "cpu"],
+        ["--quick"],
+        ["--layouts", "full"],
+        ["--device", "cpu", "--out", "here.jsonl"],
+    ):
+        assert suite.main(options) == 0
+    committed, *others = asked
+    assert committed == suite.RESULTS / "attention-cpu.jsonl"
+    assert others == [Path("moda-bench.jsonl"), Path("moda-bench.jsonl"), Path("here.jsonl")]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    assert suite.result_file(None).name == "attention-h100-80gb-hbm3.jsonl"
+    assert suite.result_file("cpu") == committed
