@@ -1,5 +1,5 @@
-"""`python -m benchmarks`: as `python -m moda_kernels bench`, but the result file and the picture of a whole plan go where
-the README's table is made from. Then: `python -m benchmarks.readme`."""
+"""`python -m benchmarks`: as `python -m moda_kernels bench`, but the result file and the picture of a whole plan go
+where the README's table is made from. Then: `python -m benchmarks.readme`."""
 
 import argparse
 import re

@@ -71,6 +71,18 @@ class Case:
         """(query, key) pairs of this case's queries."""
         return self.workload.visible_pairs if self.queries == self.length else self.workload.pairs(self.queries)
 
+    @property
+    def plain(self) -> bool:
+        """`is_causal`, or no mask at all, says who sees whom here: kernels without masks of their own can take part."""
+        if self.mode == "decode":  # the last token of a text sees everything
+            return self.visible_pairs == self.length
+        return self.workload.causal or self.workload.full
+
+    @property
+    def is_causal(self) -> bool:
+        """What a kernel that knows nothing else is to be told."""
+        return self.mode != "decode" and not self.workload.full
+
     def useful_flops(self, measured: str) -> float:
         """Of a pass, of the visible pairs only: 4·Hq·D each in the forward, 2.5 times that in the backward."""
         return 4.0 * self.query_heads * self.head_dim * self.visible_pairs * WORK[measured]

@@ -4,6 +4,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moda_kernels.bench.cases import Case
@@ -23,13 +24,15 @@ class Flash(Peer):
             return f"{self.package} cannot be imported ({type(error).__name__}: {str(error).splitlines()[0]})"
         if case.device == "cpu":
             return "a CUDA kernel"
-        if not (case.workload.causal or case.workload.full):
+        if case.dtype not in (torch.float16, torch.bfloat16):
+            return f"takes float16 and bfloat16, not {case.dtype_name}"
+        if not case.plain:
             return "it has no such mask: see the layouts causal and full"
         return None
 
     def attend(self, state: None, tensors: dict[str, Tensor], case: Case) -> Tensor:
         q, k, v = (tensors[name].transpose(1, 2) for name in ("query", "key", "value"))
-        out = self._function()(q, k, v, causal=case.workload.causal)
+        out = self._function()(q, k, v, causal=case.is_causal)
         result: Tensor = out[0] if isinstance(out, tuple) else out  # some versions give lse too
         return result.transpose(1, 2)
 

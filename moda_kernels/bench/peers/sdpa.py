@@ -43,24 +43,23 @@ class Sdpa(Peer):
     def why_not(self, case: Case) -> str | None:
         if self.kernel in ("cudnn", "efficient") and case.device == "cpu":
             return "a CUDA kernel"
-        if self.kernel is not None and not self.answers(case):
+        if self.kernel is not None and not case.plain:
             return "it has no such mask: see the layouts causal and full"
         if self.kernel == "math":
             return too_large(case, MATH_BYTES * (2 if case.backward else 1))
         return None
 
     def answers(self, case: Case) -> bool:
-        if case.mode == "decode":  # the last token of a text sees everything
-            return case.visible_pairs == case.length
-        return case.workload.causal or case.workload.full
+        return case.plain
 
     def attend(self, state: None, tensors: dict[str, Tensor], case: Case) -> Tensor:
         q, k, v = (tensors[name] for name in ("query", "key", "value"))
-        causal = case.mode != "decode" and not case.workload.full
         if self.kernel == "efficient":
             k, v = repeated(k, case), repeated(v, case)
         with pinned(self.kernel):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+            return F.scaled_dot_product_attention(
+                q, k, v, is_causal=case.is_causal, enable_gqa=q.shape[1] != k.shape[1]
+            )
 
 
 class SdpaDense(Peer):
