@@ -38,7 +38,8 @@ PASSES = {"forward": "fwd", "backward": "bwd", "forward+backward": "fwd+bwd", "d
 LEFT_OUT = {"cpu": ("backward",), "cuda": ()}
 NO_GPU = "GPU figures are not measured yet."
 
-Key = tuple[str, int, str, str]
+#: Layout, length, dtype, pass, and the number of the case in its run: only what was interleaved is set side by side.
+Key = tuple[str, int, str, str, int | None]
 
 
 def read(folder: Path = RESULTS) -> dict[Path, list[Record]]:
@@ -68,9 +69,8 @@ def _section(records: Sequence[Record], device: str) -> str:
     cases: dict[Key, dict[str, Record]] = {}
     for record in attention:
         w = record["workload"]
-        case = cases.setdefault((w["name"], w["length"], record["dtype"], record["pass"]), {})
-        # A plan may come back to a case with other contestants; whom ours met first, it met in that run.
-        case.setdefault(record["contestant"], record)
+        key = (w["name"], w["length"], record["dtype"], record["pass"], record["run"])
+        cases.setdefault(key, {})[record["contestant"]] = record
     ours = OURS[device]
     shown = {key: case for key, case in cases.items() if "ms" in case.get(ours, {})}
     if not shown:
@@ -113,7 +113,7 @@ def _note(shape: Record, columns: Sequence[str]) -> str:
 
 
 def _start(key: Key, ours: Record) -> list[str]:
-    name, length, dtype, measured = key
+    name, length, dtype, measured, _ = key
     times = "{} ({}–{})".format(*(_ms(ours["ms"][which]) for which in ("median", "p10", "p90")))
     return [name, f"{length}", dtype, PASSES[measured], times]
 

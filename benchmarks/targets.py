@@ -56,22 +56,19 @@ class Target:
 def targets(records: Sequence[Record], ours: str = OURS, shortest: int = SHORTEST) -> Iterator[Target]:
     """Those that the records have figures for."""
     found: dict[tuple[str, int, str, str], Record] = {}
+    together: dict[tuple[str, int, str, int | None], dict[str, float]] = {}
     for r in records:
         if "ms" in r and r["status"] == "ok" and r["workload"]["length"] >= shortest:
-            found.setdefault((r["workload"]["name"], r["workload"]["length"], r["pass"], r["contestant"]), r)
+            case = (r["workload"]["name"], r["workload"]["length"], r["pass"])
+            found.setdefault((*case, r["contestant"]), r)
+            together.setdefault((*case, r["run"]), {})[r["contestant"]] = float(r["ms"]["median"])
     lengths = sorted({length for _, length, _, _ in found})
-
-    def median(layout: str, length: int, measured: str, name: str) -> float | None:
-        record = found.get((layout, length, measured, name))
-        return None if record is None else float(record["ms"]["median"])
-
     for peer, suffix, layouts, wanted in RATIOS:
-        for layout in layouts:
-            for length in lengths:
-                for measured, (plain, aim) in wanted.items():
-                    theirs, own = (median(layout, length, measured, n) for n in (peer, ours + suffix))
-                    if theirs and own:
-                        yield Target(f"{peer} / ours, {layout} {length} {measured}", theirs / own, plain, aim)
+        for (layout, length, measured, _), ms in together.items():
+            # Only what was interleaved is set side by side.
+            if layout in layouts and measured in wanted and peer in ms and ours + suffix in ms:
+                ratio = ms[peer] / ms[ours + suffix]
+                yield Target(f"{peer} / ours, {layout} {length} {measured}", ratio, *wanted[measured])
     for layout in MODALITY_LAYOUTS:
         for length in lengths:
             for measured in ("forward", "backward"):

@@ -172,8 +172,9 @@ def _show(records: list[results.Record]) -> None:
     for record in records:
         w = record["workload"]
         of_pieces = record["pass"] in pieces.PIECES
-        # A plan may come back to a case with other contestants.
-        cases.setdefault((w["name"], w["length"], record["dtype"], record["pass"] * (not of_pieces)), []).append(record)
+        # A plan may come back to a case with other contestants: another run.
+        key = (w["name"], w["length"], record["dtype"], record["pass"] * (not of_pieces), record["run"])
+        cases.setdefault(key, []).append(record)
     for found in cases.values():
         of_pieces = found[0]["pass"] in pieces.PIECES
         print((tables.piece_table if of_pieces else tables.case_tables)(found), end="\n\n")

@@ -54,6 +54,7 @@ def run_case(
     common = {
         "schema": results.SCHEMA,
         "device": case.device,
+        "run": None,
         "workload": case.workload.describe() | {"seed": case.seed},
         "dtype": case.dtype_name,
         "query_heads": case.query_heads,

@@ -89,11 +89,17 @@ def gpu(dtype: torch.dtype = torch.bfloat16) -> list[Match]:
         *(Match(case(n, 2048, mode), plain) for n, mode in itertools.product(main, both)),
         *(Match(case(n, 16384, mode), plain) for n, mode in itertools.product(main, both)),
         *(
-            Match(case("qwen2-vl-8", 16384, mode), peers("moda-triton", "flex", "flex-build", device="cuda"))
+            Match(
+                case("qwen2-vl-8", 16384, mode),
+                peers("moda-triton", "moda-triton-build", "flex", "flex-build", device="cuda"),
+            )
             for mode in both
         ),
         *(
-            Match(case("llava-next", 8192, mode), peers("moda-triton-aligned", "eager-moda-compiled", device="cuda"))
+            Match(
+                case("llava-next", 8192, mode),
+                peers("moda-triton", "moda-triton-aligned", "eager-moda-compiled", device="cuda"),
+            )
             for mode in both
         ),
         *(Match(case("qwen2-vl-8", 8192, mode), peers("moda-triton", "flex-autotune", device="cuda")) for mode in both),

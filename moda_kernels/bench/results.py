@@ -86,6 +86,7 @@ def read(path: Path) -> list[Record]:
                 f"{path}, line {number}: expected a JSON object of schema 1 to {SCHEMA}, got {line[:60]!r}"
             ) from None
         record.setdefault("device", "cpu")
+        record.setdefault("run", None)
         record["environment"].setdefault("device", record["environment"]["cpu"])
         records.append(record)
     return records

@@ -82,18 +82,24 @@ def run(
         if device not in environments:
             environments[device] = results.environment(device, options.commit)
         tell(f"[{time.perf_counter() - begin:.0f} s] {match.case}")
-        yield run_case(match, options, environments[device], tell)
+        yield run_case(match, options, environments[device], tell, number)
 
 
 def run_case(
-    match: Match, options: Options, environment: Record, tell: Callable[[str], None] = lambda _: None
+    match: Match,
+    options: Options,
+    environment: Record,
+    tell: Callable[[str], None] = lambda _: None,
+    number: int = 0,
 ) -> list[Record]:
-    """One record per pass and contestant of a case, in the order of the peers."""
+    """One record per pass and contestant of a case, in the order of the peers. `number` is that of the case in its run:
+    only records that share it were interleaved."""
     case = match.case
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     common = {
         "schema": results.SCHEMA,
         "device": case.device,
+        "run": number,
         "workload": case.workload.describe() | {"seed": case.seed},
         "dtype": case.dtype_name,
         "query_heads": case.query_heads,

@@ -150,18 +150,18 @@ def comparison(old: Sequence[Record], new: Sequence[Record]) -> str:
 def overview(records: Sequence[Record]) -> list[str]:
     """A result file in few characters: a line per case and pass with the milliseconds and the useful rate of the first
     contestant (decoding: bytes of the cache), and the times of the others divided by its."""
-    cases: dict[tuple[str, int, str, str], list[Record]] = {}
+    cases: dict[tuple[str, int, str, str, int], list[Record]] = {}
     lines = []
     for r in records:
         if "ms" in r and r["status"] == "ok":
             w = r["workload"]
             if "relative_time" in r:
-                cases.setdefault((w["name"], w["length"], r["dtype"], r["pass"]), []).append(r)
+                cases.setdefault((w["name"], w["length"], r["dtype"], r["pass"], r["run"]), []).append(r)
             else:
                 graph = " in a graph" if r["graph"] else ""
                 lines.append(f"{w['name']} {w['length']} {r['pass']}: {r['ms']['median']:.3g} ms{graph}")
-    for (name, length, dtype, measured), found in cases.items():
-        first, *others = _once(found)
+    for (name, length, dtype, measured, _), found in cases.items():
+        first, *others = found
         rate = "cache_gb_per_s" if measured == "decode" else "useful_gflops"
         family = first["contestant"] + "-"
         times = [
@@ -170,11 +170,3 @@ def overview(records: Sequence[Record]) -> list[str]:
         own = f"{first['contestant']} {first['ms']['median']:.3g} ms, {first[rate]:.4g} G{_UNITS[rate]}"
         lines.append(f"{name} {length} {dtype} {SHORT[measured]}: {'; '.join([own, *times])}")
     return lines
-
-
-def _once(records: Sequence[Record]) -> list[Record]:
-    """The first record of each contestant."""
-    found: dict[str, Record] = {}
-    for record in records:
-        found.setdefault(record["contestant"], record)
-    return list(found.values())
