@@ -82,7 +82,7 @@ Cell = tuple[str, tuple[str, str, str]]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `verify`."""
     parser.add_argument("--backends", type=_names, help="comma-separated (default: all that are here)")
-    parser.add_argument("--features", type=_names, help=f"comma-separated, of: {'; '.join(FEATURES)}")
+    parser.add_argument("--features", type=_names, help=f"separated by semicolons, of: {'; '.join(FEATURES)}")
     parser.add_argument("--dtypes", type=_names, help=f"comma-separated, of: {', '.join(DTYPES)}")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="only there (default: everywhere)")
     parser.add_argument("--seconds", type=float, default=60.0, help="begin no case after so many (default: 60)")
@@ -246,5 +246,7 @@ def _write(path: Path, outcomes: dict[Cell, Outcome]) -> None:
 
 
 def _names(text: str) -> tuple[str, ...]:
-    # Features have commas in their names: semicolons may separate too.
+    # Features may have commas in their names: semicolons separate too.
+    if text in FEATURES:
+        return (text,)
     return tuple(part.strip() for part in text.split(";" if ";" in text else ",") if part.strip())

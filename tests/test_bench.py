@@ -1,6 +1,7 @@
 """The benchmark suite: that its sequences are what they say, that peers are right and wrong contestants are caught."""
 
 import dataclasses
+import functools
 import itertools
 import sys
 import types
@@ -17,7 +18,7 @@ from moda_kernels import reference
 from moda_kernels.bench import clock, memory, oracle, pieces, plans, runner, tables
 from moda_kernels.bench.cases import MODES, Case, can
 from moda_kernels.bench.layouts import IMAGE, LAYOUTS, TILE, make_workload
-from moda_kernels.bench.peers import PEERS, Contestant, Peer, RefusedError, flex
+from moda_kernels.bench.peers import PEERS, Contestant, Peer, RefusedError, eager, flex
 from moda_kernels.bench.peers.base import too_large
 from moda_kernels.bench.peers.sdpa import pinned
 
@@ -232,17 +233,24 @@ def test_flex_is_right_before_it_is_compiled(monkeypatch: pytest.MonkeyPatch) ->
             assert found.good, found.reason
 
 
-@pytest.mark.slow
-def test_compiled_contestants_are_right() -> None:
-    for name in ("flex", "eager-moda-compiled"):
-        found = verdict(PEERS[name], Case("llava-next", 128, torch.float32, head_dim=16))
-        assert found.good, found.reason
+def test_contestants_that_compile_are_right_as_they_are_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced by torch.compile, and run without the compiler behind it, which takes a minute."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    for module in (flex, eager):
+        module._compiled.cache_clear()
+    try:
+        for name in ("flex", "eager-moda-compiled"):
+            found = verdict(PEERS[name], dataclasses.replace(CASE, layout="llava-next"))
+            assert found.good, found.reason
+    finally:
+        for module in (flex, eager):
+            module._compiled.cache_clear()
 
 
 def test_eager_moda_is_the_reference_in_float64() -> None:
     case = Case("interleaved", 150, torch.float64, "training", head_dim=8)
-    eager = Contestant(PEERS["eager-moda"], case)
-    eager.setup()
+    contestant = Contestant(PEERS["eager-moda"], case)
+    contestant.setup()
     q, k, v = (case.tensors()[name].requires_grad_() for name in ("query", "key", "value"))
     aligner = reference.DuplexAligner(8, 2, fusion="concat", scope="sequence", dtype=torch.float64)
     with torch.no_grad():
@@ -251,7 +259,7 @@ def test_eager_moda_is_the_reference_in_float64() -> None:
     out = reference.moda_attention(q, k, v, enable_gqa=True, layout=w.layout, mask=w.mask, key_map=aligner(k, w.layout))
     assert isinstance(out, Tensor)
     grads = torch.autograd.grad(out, (q, k, v, aligner.weight), case.tensors()["dout"])
-    for found, right in zip(eager.call(), (out.detach(), *grads), strict=True):
+    for found, right in zip(contestant.call(), (out.detach(), *grads), strict=True):
         # The weight of the case is float32, and so is its gradient.
         torch.testing.assert_close(found.double(), right, rtol=1e-5, atol=1e-5)
 

@@ -104,6 +104,12 @@ def test_every_case_belongs_to_a_feature_and_every_feature_has_cases() -> None:
     assert all(verify.cases_of(feature) for feature in verify.FEATURES)
 
 
+def test_features_are_named_with_commas_and_all() -> None:
+    assert verify._names("concat, causal scope") == ("concat, causal scope",)
+    assert verify._names("masks; concat, causal scope") == ("masks", "concat, causal scope")
+    assert verify._names("float32,bfloat16") == ("float32", "bfloat16")
+
+
 def test_scores_keep_their_size_with_the_head_size(monkeypatch: pytest.MonkeyPatch) -> None:
     scales = []
     run = testing.run

@@ -167,6 +167,7 @@ def overview(records: Sequence[Record]) -> list[str]:
         times = [
             f"{r['contestant'].replace(family, '+')} {r['ms']['median'] / first['ms']['median']:.2f}" for r in others
         ]
-        own = f"{first['contestant']} {first['ms']['median']:.3g} ms, {first[rate]:.4g} G{_UNITS[rate]}"
+        amount, prefix = (first[rate] / 1e3, "T") if first[rate] >= 1e4 else (first[rate], "G")
+        own = f"{first['contestant']} {first['ms']['median']:.3g} ms, {amount:.3g} {prefix}{_UNITS[rate]}"
         lines.append(f"{name} {length} {dtype} {SHORT[measured]}: {'; '.join([own, *times])}")
     return lines
