@@ -53,7 +53,8 @@ def cpu() -> list[Match]:
         return Case(layout, length, dtype, mode, **CPU_SHAPE)
 
     return [
-        *(Match(case("llava-next", 4096, mode), peers(device="cpu")) for mode in both),
+        Match(case("llava-next", 4096, "forward"), peers(device="cpu")),
+        Match(case("llava-next", 4096, "training"), peers(device="cpu", without=SLOW_STARTERS)),
         *(Match(case(n, 4096, "forward"), with_flex + aligned * (n == "qwen2-vl-8")) for n in others),
         *(Match(case(n, 4096, "training"), main) for n in some[1:]),
         *(Match(case(n, 8192, "forward"), with_flex, memory=True) for n in some),
