@@ -1,6 +1,3 @@
-"""The benchmark suite: `python -m benchmarks` from a source tree (`--help` lists the options).
-
-`layouts.py` has the sequences, `cases.py` the inputs, `peers/` one adapter per contestant, `verify.py` the oracle that
-every contestant has to satisfy before it is timed, `runner.py` the timing, `memory.py` the peak memory, `results.py`
-what is written down and the table.
-"""
+"""What belongs to the source tree of the benchmark suite, whose code is `moda_kernels/bench`: the results, the README's
+table (`readme.py`), microbenchmarks for pytest-benchmark (`test_*.py`), native code against its twins
+(`segmentation.py`), and all that is to be done on a GPU machine in one command (`gpu.py`)."""

@@ -1,82 +1,179 @@
-"""The README's table of CPU results, made from result files only: ``python -m benchmarks.readme`` writes it.
+"""The README's tables of results, made from result files only: `python -m benchmarks.readme` writes them.
 
-A test fails where the README and the result files disagree.
+One table for the CPU, one for each GPU model that there are results of. A test fails where the README and the result
+files disagree.
 """
 
-import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.results import ROOT, Record
+from moda_kernels.bench import pieces, results
+from moda_kernels.bench.results import Record
 
-RESULTS = ROOT / "benchmarks" / "results" / "attention-cpu.jsonl"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-#: Columns: what stands against ours, and what the README calls it.
-PEERS = {"sdpa-bool": "SDPA, bool mask", "sdpa-additive": "SDPA, float mask", "flex": "FlexAttention"}
-OURS, CONTROL = "moda-cpu", "sdpa-causal"
-PASSES = {"forward": "fwd", "forward+backward": "fwd+bwd"}
+OURS = {"cpu": "moda-cpu", "cuda": "moda-triton"}
+#: Columns: what stands against ours, and what the README calls it. Left out where nothing in the file has it.
+PEERS = {
+    "sdpa-bool": "SDPA, bool mask",
+    "sdpa-additive": "SDPA, float mask",
+    "flex": "FlexAttention",
+    "flex-build": "FlexAttention + its mask build",
+    "eager-moda": "eager MODA",
+    "eager-moda-compiled": "eager MODA, compiled",
+    "sdpa-causal": "SDPA, causal",  # the name of schema 1
+    "sdpa": "SDPA, no mask",
+    "sdpa-flash": "SDPA flash",
+    "sdpa-cudnn": "SDPA cuDNN",
+    "flash-attention-2": "FlashAttention-2",
+    "flash-attention-3": "FlashAttention-3",
+    "flash-attention-4": "FlashAttention-4",
+}
+#: Where peers do what others of ours do: align keys, or make the layout in the call.
+AGAINST = {"eager-moda": "-aligned", "eager-moda-compiled": "-aligned", "flex-build": "-build"}
+PASSES = {"forward": "fwd", "backward": "bwd", "forward+backward": "fwd+bwd", "decode": "decode"}
+#: On the CPU the backward alone stays in the result file: the table is long enough.
+LEFT_OUT = {"cpu": ("backward",), "cuda": ()}
+NO_GPU = "GPU figures are not measured yet."
 
-Key = tuple[str, int, str, str]
+#: Layout, length, dtype, pass, and the number of the case in its run: only what was interleaved is set side by side.
+Key = tuple[str, int, str, str, int | None]
 
 
-def read(path: Path = RESULTS) -> list[Record]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def read(folder: Path = RESULTS) -> dict[Path, list[Record]]:
+    """The records of each file of attention results, the CPU's first."""
+    files = sorted(folder.glob("attention-*.jsonl"), key=lambda path: (path.stem != "attention-cpu", path.stem))
+    return {path: results.read(path) for path in files}
 
 
-def render(records: Iterable[Record]) -> str:
-    """Markdown: one row per case, times divided by ours (more than 1: ours is faster)."""
+def render(files: Mapping[Path, Sequence[Record]]) -> str:
+    """Markdown: a section per file, one row per case, times divided by ours (more than 1: ours is faster)."""
+    parts, on_gpu = [], False
+    for path, records in files.items():
+        device = records[0]["device"]
+        on_gpu = on_gpu or device == "cuda"
+        name = records[0]["environment"]["device"] if device == "cuda" else "CPU"
+        parts.append(f"**{name}**\n\n{_section(records, device)}")
+        picture = path.with_suffix(".png")
+        if picture.exists():
+            parts.append(f"![Useful GFLOP/s on {name}]({picture.relative_to(ROOT)})")
+    if not on_gpu:
+        parts.append(NO_GPU)
+    return "\n\n".join(parts)
+
+
+def _section(records: Sequence[Record], device: str) -> str:
+    attention = [r for r in records if r["pass"] in PASSES and r["pass"] not in LEFT_OUT[device]]
     cases: dict[Key, dict[str, Record]] = {}
-    machines = set()
-    for record in records:
+    for record in attention:
         w = record["workload"]
-        key = (w["name"], w["length"], record["dtype"], record["pass"])
+        key = (w["name"], w["length"], record["dtype"], record["pass"], record["run"])
         cases.setdefault(key, {})[record["contestant"]] = record
-        e = record["environment"]
-        machines.add(
-            f"{e['cpu']} ({e['cpu_capability']}), {e['threads']} threads on {e['cores']} cores, torch {e['torch']}, "
-            f"Python {e['python']}, {e['date'][:10]}"
-        )
-    shape = next(iter(next(iter(cases.values())).values()))
-    head = [
-        "layout",
-        "L",
-        "dtype",
-        "pass",
-        "ours, ms (p10–p90)",
-        *PEERS.values(),
-        "SDPA, causal",
-        "peak MiB, ours / bool",
-    ]
+    ours = OURS[device]
+    shown = {key: case for key, case in cases.items() if "ms" in case.get(ours, {})}
+    if not shown:
+        return f"`{ours}` has no result in this file."
+    # Aligned keys and layouts made in the call are in the table as what their peers are set against.
+    columns = [peer for peer in PEERS if any(_ratio(case, peer, ours) for case in shown.values())]
+    memory = any(_peak(case, ours) for case in shown.values())
+    head = ["layout", "L", "dtype", "pass", "ours, ms (p10–p90)"]
+    head += ["of GEMM peak"] * any("share_of_gemm" in case[ours] for case in shown.values())
+    head += [PEERS[peer] for peer in columns] + ["peak MiB, ours / bool"] * memory
     rows = [head, ["---", "--:", "---", "---", *["--:"] * (len(head) - 4)]]
-    rows += [_row(key, case) for key, case in cases.items() if "ms" in case.get(OURS, {})]
+    for key, case in shown.items():
+        row = _start(key, case[ours])
+        if "of GEMM peak" in head:
+            share = case[ours].get("share_of_gemm")
+            row.append("" if share is None else f"{share:.0%}")
+        row += [_ratio(case, peer, ours) for peer in columns]
+        rows.append(row + [_memory(case, ours)] * memory)
     lines = ["| " + " | ".join(row) + " |" for row in rows]
+    parts = [_note(attention[0], columns), "\n".join(lines), _pieces(records), _machines(records)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _note(shape: Record, columns: Sequence[str]) -> str:
     note = (
         f"{shape['query_heads']} query and {shape['key_heads']} key heads, D = {shape['head_dim']}; median times of "
-        "the others divided by ours, so more than 1 means that ours is faster. SDPA's causal column is given where "
-        "the mask is causal. Masks, layouts and plans are made outside the timing. FlexAttention has no CPU backward."
+        "the others divided by ours, so more than 1 means that ours is faster. Masks, layouts and plans are made "
+        "outside the timing"
     )
-    return "\n".join([note, "", *lines, "", f"Machine: {'; '.join(sorted(machines))}."])
+    if "flex-build" in columns:
+        note += (
+            ", except where FlexAttention builds its mask in each call, against ours with its layout made in each call"
+        )
+    note += "."
+    if "eager-moda" in columns:
+        note += " Eager MODA aligns keys; it stands against ours with alignment."
+    if shape["device"] == "cpu":
+        note += " FlexAttention has no CPU backward."
+    return note
 
 
-def _row(key: Key, case: dict[str, Record]) -> list[str]:
-    name, length, dtype, measured = key
-    ours = case[OURS]
-    ms = ours["ms"]
+def _start(key: Key, ours: Record) -> list[str]:
+    name, length, dtype, measured, _ = key
+    times = "{} ({}–{})".format(*(_ms(ours["ms"][which]) for which in ("median", "p10", "p90")))
+    return [name, f"{length}", dtype, PASSES[measured], times]
 
-    def ratio(peer: str) -> str:
-        record = case.get(peer, {})
-        comparable = "ms" in record and record["status"] != "control"
-        return f"{record['ms']['median'] / ms['median']:.2f}×" if comparable else ""
 
-    def peak(peer: str) -> float | None:
-        return (case.get(peer, {}).get("memory") or {}).get("call_peak")
+def _ratio(case: dict[str, Record], peer: str, ours: str) -> str:
+    """A peer's time over ours, where both are right."""
+    own, record = case.get(ours + AGAINST.get(peer, ""), {}), case.get(peer, {})
+    if "ms" not in own or "ms" not in record or record["status"] == "control":
+        return ""
+    return f"{record['ms']['median'] / own['ms']['median']:.2f}×"
 
-    memory = ""
-    if peak(OURS) and peak("sdpa-bool"):
-        memory = f"{peak(OURS) / 2**20:.0f} / {peak('sdpa-bool') / 2**20:.0f}"
-    times = "{} ({}–{})".format(*(_ms(ms[which]) for which in ("median", "p10", "p90")))
-    return [name, f"{length}", dtype, PASSES[measured], times, *map(ratio, PEERS), ratio(CONTROL), memory]
+
+def _peak(case: dict[str, Record], name: str) -> float | None:
+    return (case.get(name, {}).get("memory") or {}).get("call_peak")
+
+
+def _memory(case: dict[str, Record], ours: str) -> str:
+    own, dense = _peak(case, ours), _peak(case, "sdpa-bool")
+    return f"{own / 2**20:.0f} / {dense / 2**20:.0f}" if own and dense else ""
+
+
+def _pieces(records: Sequence[Record]) -> str:
+    """The parts around attention, if they were measured."""
+    found = [r for r in records if r["pass"] in pieces.PIECES and "ms" in r]
+    if not found:
+        return ""
+    cases: dict[tuple[str, int, str], dict[str, Record]] = {}
+    for r in found:
+        cases.setdefault((r["workload"]["name"], r["workload"]["length"], r["dtype"]), {})[r["pass"]] = r
+    names = [piece for piece in pieces.PIECES if any(piece in case for case in cases.values())]
+    rows = [
+        ["layout", "L", "dtype", *(f"{piece}, ms" for piece in names)],
+        ["---", "--:", "---", *["--:"] * len(names)],
+    ]
+    for (layout, length, dtype), case in cases.items():
+        times = [_ms(case[p]["ms"]["median"]) if p in case else "" for p in names]
+        rows.append([layout, f"{length}", dtype, *times])
+    return "The parts around attention:\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _machines(records: Sequence[Record]) -> str:
+    machines = {}
+    for record in records:
+        e = record["environment"]
+        if record["device"] == "cuda":
+            said = f"{e['device']}, {e['driver']}, CUDA {e['cuda']}, torch {e['torch']}, Triton {e['triton']}"
+        else:
+            said = (
+                f"{e['cpu']} ({e['cpu_capability']}), {e['threads']} threads on {e['cores']} cores, torch {e['torch']}"
+            )
+        best = record.get("peaks")
+        if best:
+            said += (
+                f" (matrix product in {record['dtype']} {best['gemm_tflops']:.3g} TFLOP/s, "
+                f"copy {best['copy_gb_per_s']:.3g} GB/s)"
+            )
+        elif record["pass"] in pieces.PIECES:
+            continue
+        machines[f"{said}, Python {e['python']}, {e['date'][:10]}"] = None
+    return f"Machine: {'; '.join(sorted(machines))}."
 
 
 def _ms(milliseconds: float) -> str:

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks import results
 from moda_kernels import ModularMask, native, segment_modalities
+from moda_kernels.bench import results
 from moda_kernels.layout import segment_table_torch, segment_tokens_torch
 from moda_kernels.tiles import _capacities, tile_lists_torch
 
@@ -88,26 +88,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--runs", type=int, default=30, help="of each, at least 20 (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=1 << 20, help="default: 2^20")
     parser.add_argument("--out", type=Path, help="file to append JSON lines to")
     options = parser.parse_args()
     if options.runs < 20:
         parser.error(f"argument --runs: expected at least 20, got {options.runs}")
+    if options.tokens < 1024 or options.tokens & (options.tokens - 1):
+        parser.error(f"argument --tokens: expected a power of two, at least 1024, got {options.tokens}")
     if reason := native.why_not(options.device):
         parser.error(f"the native extension does not run on {options.device}: {reason}")
 
     torch.manual_seed(0)
-    million, device = 1 << 20, options.device
-    documents = torch.cat((torch.randint(1, million, (255,)).sort().values, torch.tensor([million])))
+    total, device = options.tokens, options.device
+    named = f"2^{total.bit_length() - 1} tokens"
+    documents = torch.cat((torch.randint(1, total, (255,)).sort().values, torch.tensor([total])))
     documents = torch.cat((torch.zeros(1, dtype=torch.int64), documents))
     cases = {
-        "segmentation, 2^20 tokens, batch of 256": segmentation(torch.arange(257) * 4096, False, device),
-        "segmentation, 2^20 tokens, 256 packed documents, items": segmentation(documents, True, device),
+        f"segmentation, {named}, batch of 256": segmentation(torch.arange(257) * (total // 256), False, device),
+        f"segmentation, {named}, 256 packed documents, items": segmentation(documents, True, device),
         "tile lists 128 x 64, 2^15 tokens": lists(1 << 15, device),
     }
-    environment = results.environment()
-    if device == "cuda":
-        environment["gpu"] = torch.cuda.get_device_name()
-    shown = ("cpu", "gpu", "threads", "torch", "load_average")
+    environment = results.environment(device)
+    shown = ("device", "threads", "torch", "load_average")
     print(", ".join(f"{key} {environment[key]}" for key in shown if key in environment))
     print(f"{'':56}{'native, ms (p10-p90)':>28}{'PyTorch, ms (p10-p90)':>30}{'ratio':>9}")
     for name, (extension, twin) in cases.items():

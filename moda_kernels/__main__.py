@@ -4,11 +4,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from moda_kernels import __version__, demo, doctor
+from moda_kernels import __version__, bench, demo, doctor, verify
 
 COMMANDS = {
+    "bench": (bench, "side by side with what you might use instead: table, result file, picture"),
     "demo": (demo, "train a toy on scanned digits with and without MODA, about a minute on a CPU"),
     "doctor": (doctor, "what is installed, what runs here, and why the rest does not"),
+    "verify": (verify, "is attention right on this machine, feature by feature? Within a minute"),
 }
 
 

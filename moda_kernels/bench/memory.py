@@ -1,7 +1,8 @@
-"""Peak memory of a contestant: resident pages, seen from a fresh process that does nothing else.
+"""Peak memory of a contestant, above its inputs.
 
-What a process holds before (interpreter, torch, inputs, compiled code) is taken off, so that what remains is what the
-setup and the call need. Resident pages count everything: torch's tensors, the scratch space of kernels and of BLAS.
+On the CPU resident pages, seen from a fresh process that does nothing else: what it holds before (interpreter, torch,
+inputs, compiled code) is taken off, so that what remains is what the setup and the call need. Resident pages count
+everything: torch's tensors, the scratch space of kernels and of BLAS. On CUDA it is the count of torch's allocator.
 """
 
 import contextlib
@@ -19,8 +20,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import Case
-from benchmarks.peers import Contestant, Peer
+from moda_kernels.bench.cases import Case
+from moda_kernels.bench.peers import Contestant, Peer
 
 #: A contestant that doesn't compile is warmed up on so many tokens, so that threads and libraries are in place.
 WARM_UP_LENGTH = 256
@@ -29,6 +30,8 @@ WARM_UP_LENGTH = 256
 def measure(peer: Peer, case: Case, timeout: float = 900) -> dict[str, Any]:
     """Bytes above the inputs: "setup_peak", "setup_held" (what the setup leaves behind) and "call_peak" (setup_held
     included); or an "error"."""
+    if case.device == "cuda":
+        return _on_cuda(peer, case)
     if not sys.platform.startswith("linux"):
         return {"error": "measured on Linux only"}
     # A server that has imported all this, and has no threads yet, forks one fresh process per measurement.
@@ -50,6 +53,28 @@ def measure(peer: Peer, case: Case, timeout: float = 900) -> dict[str, Any]:
     finally:
         process.kill()
         process.join()
+
+
+def _on_cuda(peer: Peer, case: Case) -> dict[str, Any]:
+    """By torch's allocator: everything that torch allocates, which Triton kernels' tensors are too."""
+    try:
+        contestant = Contestant(peer, case)
+        contestant.setup()
+        contestant.call()  # workspaces that stay are in place
+        contestant.drop_setup()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        contestant.setup()
+        setup_peak, setup_held = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        contestant.call()
+        torch.cuda.synchronize()
+        call_peak = torch.cuda.max_memory_allocated()
+    except Exception as error:  # reported, not raised: the others go on
+        return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+    peaks = {"setup_peak": setup_peak, "setup_held": setup_held, "call_peak": call_peak}
+    return {name: max(0, peak - before) for name, peak in peaks.items()}
 
 
 def _child(sender: Connection, peer: Peer, case: Case, threads: int) -> None:

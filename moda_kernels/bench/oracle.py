@@ -1,9 +1,12 @@
 """Whether a contestant is right, asked before it is timed.
 
 The oracle is dense attention in float64 on the same, already rounded, inputs: the reference backend for all rows of
-short sequences, and for a sample of rows of long ones, so that memory stays small. A contestant may be off by twice as
-much as dense SDPA in the case's dtype, plus two units in the last place of the largest number
-(`moda_kernels.testing.compare`). Keys are aligned here from the definition, by one small matrix after the other.
+short sequences, dense SDPA for a sample of rows (segment boundaries, and rows anywhere) of long ones, so that memory
+stays small. Gradients of a long case are checked twice: at full size under an upstream gradient that is zero outside
+the sampled rows, which makes every gradient depend on those rows alone, and whole on a short sequence of the same
+layout and dtype. A contestant may be off by twice as much as dense SDPA in the case's dtype, plus two units in the
+last place of the largest number (`moda_kernels.testing.compare`). Keys are aligned here from the definition, by one
+small matrix after the other.
 """
 
 import dataclasses
@@ -14,17 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases import Case
-from benchmarks.peers import Contestant, Peer
 from moda_kernels import ModalityLayout, moda_attention
+from moda_kernels.bench.cases import Case
+from moda_kernels.bench.peers import Contestant, Peer
+from moda_kernels.bench.peers.sdpa import pinned
+from moda_kernels.grouped import compute_dtype
 from moda_kernels.testing import Comparison, Result, compare
 
-#: Up to this length every row is checked.
-ALL_ROWS = 2048
+#: Up to this length every row is checked, and gradients whole.
+ALL_ROWS = 1024
 #: Beyond it: about so many rows at segment boundaries, and as many anywhere.
 SAMPLED_ROWS = 48
-#: Gradients are checked on sequences of at most this length.
-GRADIENT_LENGTH = 1024
 
 
 @dataclass(frozen=True)
@@ -47,15 +50,20 @@ class Verdict:
 
 
 def verify(contestant: Contestant, results: tuple[Tensor, ...]) -> Verdict:
-    """The verdict on what a contestant's call gave. Gradients of a long case are checked on a shorter one of the same
-    layout and dtype."""
+    """The verdict on what a contestant's call gave."""
     case = contestant.case
-    verdict = _judge(case).verdict(contestant, results)
-    if case.backward and case.length > GRADIENT_LENGTH:
-        short = _verdict_on(contestant.peer, dataclasses.replace(case, length=GRADIENT_LENGTH))
-        gradients = tuple(c for c in short.comparisons if c.name != "out")
-        verdict = Verdict(verdict.comparisons + gradients, verdict.rows, verdict.all_finite and short.all_finite)
-    return verdict
+    judge = _judge(case)
+    if not judge.sampled or not case.backward:
+        return judge.verdict(contestant, results)
+    # The call as it is timed has to be finite; the one under the sampled gradient has to be right.
+    finite = all(bool(torch.isfinite(t).all()) for t in results)
+    verdict = judge.verdict(contestant, contestant.call(rows=judge.rows))
+    comparisons, finite = verdict.comparisons, finite and verdict.all_finite
+    if not contestant.peer.compiles:  # which would take longer than all timing
+        short = _verdict_on(contestant.peer, dataclasses.replace(case, length=ALL_ROWS))
+        twins = (dataclasses.replace(c, name=f"{c.name} ({ALL_ROWS} tokens)") for c in short.comparisons)
+        comparisons, finite = (*comparisons, *twins), finite and short.all_finite
+    return Verdict(comparisons, verdict.rows, finite)
 
 
 @functools.lru_cache(maxsize=64)
@@ -75,23 +83,27 @@ class Judge:
     """Knows the right answers of one case.
 
     Attributes:
-        rows: the query rows that are compared.
+        rows: the query rows that are compared. sampled: they are not all.
     """
 
     def __init__(self, case: Case) -> None:
         self.case = case
-        self.rows = _rows_to_check(case)
-        self._gradients = case.backward and case.length <= GRADIENT_LENGTH
+        self.rows = _rows_to_check(case).to(case.device)
+        self.sampled = len(self.rows) < case.queries
         self._tensors = case.tensors()
         self._answers: dict[str | None, tuple[Result, Result]] = {}
 
     def verdict(self, contestant: Contestant, results: tuple[Tensor, ...]) -> Verdict:
-        """The verdict on what `contestant.call` gave."""
+        """The verdict on what `contestant.call` gave, where rows are sampled under a gradient for these rows only."""
         found = contestant.named(results)
         finite = all(bool(torch.isfinite(t).all()) for t in found.values())
         exact, eager = self._answer(contestant.peer.alignment)
-        found["out"] = found["out"][:, :, self.rows]
+        found = {name: self._picked(t) if name in ("out", "d query") else t for name, t in found.items()}
         return Verdict(tuple(compare(Result(found), exact, eager, self.case.dtype)), len(self.rows), finite)
+
+    def _picked(self, t: Tensor) -> Tensor:
+        """These rows of something per query."""
+        return t[:, :, self.rows] if self.sampled else t
 
     def _answer(self, alignment: str | None) -> tuple[Result, Result]:
         """Exact (float64) and eager (in the case's dtype) results of these rows, made once."""
@@ -105,23 +117,26 @@ class Judge:
     def _dense(self, dtype: torch.dtype, alignment: str | None) -> Result:
         case, layout = self.case, self.case.workload.layout
         names = ("query", "key", "value") + (() if alignment is None else ("weight",))
-        tensors = {name: self._tensors[name].to(dtype if name != "weight" else _wide(dtype)) for name in names}
+        narrow = self._tensors | {"query": self._picked(self._tensors["query"])}
+        tensors = {name: narrow[name].to(dtype if name != "weight" else _wide(dtype)) for name in names}
         for t in tensors.values():
-            t.requires_grad_(self._gradients)
+            t.requires_grad_(case.backward)
         q, k, v = (tensors[name] for name in names[:3])
-        with torch.set_grad_enabled(self._gradients):
+        with torch.set_grad_enabled(case.backward):
             if alignment is not None:
                 k = align(k, tensors["weight"], layout, alignment)
-            if dtype == torch.float64 and len(self.rows) == case.length:
+            if dtype == torch.float64 and not self.sampled and case.mode != "decode":
                 out = self._reference(q, k, v)
             else:
-                seen = _visible_rows(case, self.rows)
-                out = F.scaled_dot_product_attention(q[:, :, self.rows], k, v, attn_mask=seen, enable_gqa=True)
+                rows = self.rows if case.mode != "decode" else torch.tensor([case.length - 1], device=case.device)
+                seen = _visible_rows(case, rows)
+                # On CUDA torch's choice depends on the version; on the CPU there is only one that is quick.
+                with pinned("math" if case.device == "cuda" else None):
+                    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=q.shape[1] != k.shape[1])
         named = {"out": out.detach()}
-        if self._gradients:
-            grads = torch.autograd.grad(
-                out, tuple(tensors.values()), self._tensors["dout"].to(dtype), materialize_grads=True
-            )
+        if case.backward:
+            dout = self._picked(self._tensors["dout"]).to(dtype)
+            grads = torch.autograd.grad(out, tuple(tensors.values()), dout, materialize_grads=True)
             named |= {f"d {name}": grad for name, grad in zip(names, grads, strict=True)}
         return Result(named)
 
@@ -129,7 +144,8 @@ class Judge:
         workload = self.case.workload
         if workload.packed:
             q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))
-        out = moda_attention(q, k, v, enable_gqa=True, layout=workload.layout, mask=workload.mask, backend="reference")
+        gqa = self.case.query_heads != self.case.key_heads
+        out = moda_attention(q, k, v, enable_gqa=gqa, layout=workload.layout, mask=workload.mask, backend="reference")
         assert isinstance(out, Tensor)
         return out.transpose(0, 1)[None] if workload.packed else out
 
@@ -141,7 +157,7 @@ def align(key: Tensor, weight: Tensor, layout: ModalityLayout, scope: str) -> Te
         weight: ``[M, D, 2D]``.
         scope: "sequence" or "causal".
     """
-    wide = key.to(_wide(key.dtype))
+    wide = key.to(compute_dtype(key))
     m, dim = layout.num_modalities, key.shape[-1]
     nothing = wide.new_zeros(key.shape[1], dim, dim)
     segments = layout.segments().tolist()
@@ -170,18 +186,22 @@ def align(key: Tensor, weight: Tensor, layout: ModalityLayout, scope: str) -> Te
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    """The dtype of parameters and sums beside tensors of this one."""
+    return compute_dtype(torch.empty((), dtype=dtype))
 
 
 def _rows_to_check(case: Case) -> Tensor:
-    if case.length <= ALL_ROWS:
-        return torch.arange(case.length)
+    """Columns of the query rows that are compared (decoding: row 0, the only one)."""
+    if case.queries <= ALL_ROWS:
+        return torch.arange(case.queries)
     g = torch.Generator().manual_seed(case.seed + 2)
     segments = case.workload.layout.segments()
     ends = torch.cat((segments[:, 1], segments[:, 1] + segments[:, 2] - 1)).long()
     ends = ends[torch.randperm(len(ends), generator=g)[:SAMPLED_ROWS]]
     anywhere = torch.randint(case.length, (SAMPLED_ROWS,), generator=g)
-    return torch.cat((ends, anywhere)).sort().values
+    # Twice the same row would count its gradient twice.
+    found: Tensor = torch.cat((ends, anywhere)).unique()
+    return found
 
 
 def _visible_rows(case: Case, rows: Tensor) -> Tensor:

@@ -1,12 +1,22 @@
 """What a peer has to offer, and a peer at work on one case."""
 
+import contextlib
 import gc
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case
+from moda_kernels.bench.cases import Case
+
+#: A contestant that writes scores out is left out where they would take more than this share of the memory there is.
+MEMORY_SHARE = 0.75
+
+
+class RefusedError(Exception):
+    """A contestant can't run a case here; the message says why. No fault of its numbers."""
 
 
 class Peer:
@@ -46,6 +56,9 @@ class Peer:
         Args:
             state: from `setup`.
             tensors: query, key, value, and weight where keys are aligned.
+
+        Raises:
+            RefusedError: it can't run this here.
         """
         raise NotImplementedError
 
@@ -72,17 +85,28 @@ class Contestant:
         self._state = None  # never two at a time
         self._state = self.peer.setup(self.case)
 
+    def setup_again(self) -> None:
+        """What is timed as the setup: the result is dropped, so that what calls have kept with the first one stays."""
+        self.peer.setup(self.case)
+
     def drop_setup(self) -> None:
         self._state = None
         gc.collect()
 
-    def call(self) -> tuple[Tensor, ...]:
-        """What is timed: the output, and in a case with backward all gradients."""
+    def call(self, mark: Callable[[], None] = lambda: None, rows: Tensor | None = None) -> tuple[Tensor, ...]:
+        """What is timed: the output, and in a training case all gradients.
+
+        Args:
+            mark: called between forward and backward.
+            rows: the upstream gradient is zero in all other query rows.
+        """
         if not self.case.backward:
             with torch.no_grad():
                 return (self.peer.attend(self._state, self.tensors, self.case),)
+        dout = self._dout if rows is None else self._only(rows)
         out = self.peer.attend(self._state, self.tensors, self.case)
-        return out.detach(), *torch.autograd.grad(out, tuple(self.tensors.values()), self._dout, materialize_grads=True)
+        mark()
+        return out.detach(), *torch.autograd.grad(out, tuple(self.tensors.values()), dout, materialize_grads=True)
 
     def named(self, results: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """What `call` gave as "out" and "d <input>", in ``[1, H, L, D]``."""
@@ -90,8 +114,33 @@ class Contestant:
         found = dict(zip(names, results, strict=False))
         return {name: t if name == "d weight" else self._common(t) for name, t in found.items()}
 
+    def _only(self, rows: Tensor) -> Tensor:
+        axis = 0 if self.peer.tokens_first(self.case) else 2
+        kept = torch.zeros_like(self._dout)
+        return kept.index_copy_(axis, rows, self._dout.index_select(axis, rows))
+
     def _own(self, t: Tensor) -> Tensor:
         return t[0].transpose(0, 1).contiguous() if self.peer.tokens_first(self.case) else t
 
     def _common(self, t: Tensor) -> Tensor:
         return t.transpose(0, 1)[None] if self.peer.tokens_first(self.case) else t
+
+
+def too_large(case: Case, bytes_per_score: float) -> str | None:
+    """Why a contestant that writes ``[Hq, Lq, L]`` scores out can't run a case; None if it can."""
+    needed = case.query_heads * case.queries * case.length * bytes_per_score
+    there = available_memory(case.device)
+    if there is None or needed <= MEMORY_SHARE * there:
+        return None
+    return f"its scores would take about {needed / 2**30:.0f} GiB, {there / 2**30:.0f} GiB are free"
+
+
+def available_memory(device: str) -> int | None:
+    """Free bytes on a device; None where nobody says."""
+    if device == "cuda":
+        cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return int(torch.cuda.mem_get_info()[0]) + cached
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("MemAvailable"))) * 1024
+    return None
