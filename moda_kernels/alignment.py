@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from moda_kernels import checks, ops
 from moda_kernels.causal import CausalMap
+from moda_kernels.decoding import DecodeState, KeptKeys, LayerState, layer_of
 from moda_kernels.grouped import compute_dtype
-from moda_kernels.keymap import KeyMap, ModalityMap, fused_matrix, normed, released_unit
+from moda_kernels.keymap import KeyMap, ModalityMap, fused_matrix, normed, released_unit, sum_of_others
 from moda_kernels.layout import ModalityLayout, segment_modalities
 
 FUSIONS = ("add", "linear", "concat")
@@ -115,16 +116,33 @@ class DuplexAligner(nn.Module):
             identity = torch.eye(self.head_dim, self.weight.shape[-1])
             self.weight.copy_(identity.expand_as(self.weight))
 
-    def forward(self, key: Tensor, layout: ModalityLayout | Tensor) -> KeyMap:
+    def forward(
+        self,
+        key: Tensor,
+        layout: ModalityLayout | Tensor | None = None,
+        *,
+        state: DecodeState | LayerState | None = None,
+    ) -> KeyMap:
         """The map for these keys.
 
         Args:
             key: ``[B, Hkv, L, D]``, packed ``[T, Hkv, D]``, after rotary embedding, any float dtype.
             layout: their layout (or modality ids ``[B, L]``).
+            state: while decoding, ``state[i]`` of layer i in place of a layout (a whole :class:`DecodeState` stands
+                for its layer 0). ``key`` is then what the cache holds, not aligned; only new tokens' keys are read.
 
         Returns:
             A :class:`KeyMap`, differentiable in key and the parameters.
+
+        Raises:
+            ValueError, TypeError: keys, layout or state that don't fit each other or the aligner; a second call for the
+                same tokens of a state; a cache that no longer holds keys that sums are to be made of.
         """
+        memory = None if state is None else layer_of(state)
+        if memory is not None:
+            layout = memory.layout_for(key, layout)
+        elif layout is None:
+            raise checks.wrong_value("layout", "a ModalityLayout, modality ids, or state", None)
         layout = as_layout(layout, self.num_modalities)
         if layout.num_modalities != self.num_modalities:
             raise checks.wrong_value(
@@ -135,24 +153,47 @@ class DuplexAligner(nn.Module):
             raise checks.wrong_value("key", f"head size {self.head_dim}, as the aligner", key)
         for name, parameter in self.named_parameters():
             checks.same_device(f"the aligner's {name}", parameter, key.device, "key")
+        if memory is not None:
+            return self._decode(key, layout, memory)
         if self.scope == "causal":
-            return CausalMap(tokens, layout, self.ratio, self.weight, self.fusion, self.norm, self.aligned)
-        return self._sequence_map(tokens, layout)
-
-    def _sequence_map(self, tokens: Tensor, layout: ModalityLayout) -> ModalityMap:
-        dtype = compute_dtype(tokens)
+            return self._causal_map(tokens, layout)
         sequences, modalities = layout.counts.shape
-        with torch.autocast(tokens.device.type, enabled=False):
-            gram = ops.segment_gram(tokens, tokens, layout.groups("modality"), sequences * modalities)
-            gram = gram.unflatten(0, (sequences, modalities))
-            # Sum the others: total minus own loses digits that the norm then amplifies.
-            others = [[b for b in range(modalities) if b != a] for a in range(modalities)]
-            rest = torch.stack([gram[:, other].sum(1) for other in others], 1)
-            ratio, weight = (None if p is None else p.to(dtype) for p in (self.ratio, self.weight))
-            matrix = fused_matrix(normed(rest, self.norm), ratio, weight, self.fusion)
-        aligned = torch.tensor([m in self.aligned for m in range(modalities)], device=tokens.device)
+        gram = ops.segment_gram(tokens, tokens, layout.groups("modality"), sequences * modalities)
+        return self._sequence_map(gram.unflatten(0, (sequences, modalities)), layout)
+
+    def _decode(self, key: Tensor, layout: ModalityLayout, memory: LayerState) -> KeyMap:
+        """The map from what is remembered and the new keys."""
+        causal, m = self.scope == "causal", self.num_modalities
+        begin, end = memory.begin(causal)
+        new, part = memory.new_tokens("key", key, begin, end)
+        cropped = causal and end < memory.state.length
+        if cropped:  # these are aligned already
+            memory.add(new, new, part.groups("modality"), m, end)
+            begin, end = memory.begin(causal)
+            new, part = memory.new_tokens("key", key, begin, end)
+        if not causal:
+            return self._sequence_map(memory.add(new, new, part.groups("modality"), m, end), layout)
+        fused = self._causal_map(new, part, memory.gram, layout.counts - part.counts).align(new, part)
+        kept = memory.keep(fused, begin, key)
+        memory.add(new, new, part.groups("modality"), m, end, undo=not cropped)
+        return KeptKeys(kept, layout)
+
+    def _causal_map(
+        self, tokens: Tensor, layout: ModalityLayout, before: Tensor | None = None, counts: Tensor | None = None
+    ) -> CausalMap:
+        return CausalMap(
+            tokens, layout, self.ratio, self.weight, self.fusion, self.norm, self.aligned,
+            before=before, before_counts=counts,
+        )  # fmt: skip
+
+    def _sequence_map(self, gram: Tensor, layout: ModalityLayout) -> ModalityMap:
+        """The map from Gram sums ``[N, M, Hkv, D, D]`` over whole sequences."""
+        with torch.autocast(gram.device.type, enabled=False):
+            ratio, weight = (None if p is None else p.to(gram.dtype) for p in (self.ratio, self.weight))
+            matrix = fused_matrix(normed(sum_of_others(gram), self.norm), ratio, weight, self.fusion)
+        aligned = torch.tensor([m in self.aligned for m in range(self.num_modalities)], device=gram.device)
         mapped = (layout.counts.sum(1, keepdim=True) > layout.counts) & aligned
-        identity = torch.eye(self.head_dim, dtype=dtype, device=tokens.device)
+        identity = torch.eye(self.head_dim, dtype=gram.dtype, device=gram.device)
         return ModalityMap(torch.where(mapped[..., None, None, None], matrix, identity), mapped, None, layout)
 
     def extra_repr(self) -> str:
@@ -181,18 +222,21 @@ def align_keys(key: Tensor, key_map: KeyMap, layout: ModalityLayout | Tensor) ->
     layout = as_layout(layout, key_map.num_modalities)
     tokens = to_tokens("key", key, layout)
     key_map.check(layout, *tokens.shape[1:])
+    if isinstance(key_map, KeptKeys):
+        return key_map.keys.to(key.dtype)
     return from_tokens(key_map.align(tokens, layout), layout)
 
 
 def released_key_map(
     key: Tensor,
     value: Tensor,
-    layout: ModalityLayout | Tensor,
+    layout: ModalityLayout | Tensor | None,
     ratio: Tensor,
     weight: Tensor,
     *,
     vision: int = 1,
     text: int = 0,
+    state: DecodeState | LayerState | None = None,
 ) -> KeyMap:
     """The alignment of the authors' released weights (spec: "Release variant"): vision keys only, through the text's
     normed Gram of unit keys against *values*; k' = (k + r ⊙ (u Ĝ)) Wᵀ.
@@ -202,10 +246,16 @@ def released_key_map(
         layout: their layout (or modality ids ``[B, L]``).
         ratio: the release's ``ratio_v``, ``[D]`` or ``[1, 1, D]``. weight: its ``pfuser_v``, ``[D, D]``.
         vision, text: the two modalities.
+        state: while decoding, as in :meth:`DuplexAligner.forward`; ``layout`` may then be None.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices other than these.
+        ValueError, TypeError: shapes, dtypes or devices other than these; with ``state`` as the aligner.
     """
+    memory = None if state is None else layer_of(state)
+    if memory is not None:
+        layout = memory.layout_for(key, layout)
+    elif layout is None:
+        raise checks.wrong_value("layout", "a ModalityLayout, modality ids, or state", None)
     layout = as_layout(layout)
     keys, values = to_tokens("key", key, layout), to_tokens("value", value, layout)
     checks.shape("value", values, keys.shape, "of key (tokens, heads, head size)")
@@ -222,16 +272,24 @@ def released_key_map(
         checks.same_device(name, parameter, keys.device, "key")
 
     dtype = compute_dtype(keys, values)
+    summed = layout
+    if memory is not None:
+        begin, end = memory.begin(causal=False)
+        values, _ = memory.new_tokens("value", value, begin, end)
+        keys, summed = memory.new_tokens("key", key, begin, end)
     # Padding may hold anything.
-    wide = torch.where((layout.modality.flatten() >= 0)[:, None, None], keys.to(dtype), 0)
+    wide = torch.where((summed.modality.flatten() >= 0)[:, None, None], keys.to(dtype), 0)
     identity = torch.eye(dim, dtype=dtype, device=keys.device)
     of_vision = torch.arange(modalities, device=keys.device) == vision
-    sequence = layout.sequence.flatten().long()
-    text_group = torch.where(layout.modality.flatten() == text, sequence, -1)
+    text_group = torch.where(summed.modality.flatten() == text, summed.sequence.flatten().long(), -1)
     with torch.autocast(keys.device.type, enabled=False):
-        gram = normed(ops.segment_gram(released_unit(wide), values.to(dtype), text_group, layout.num_sequences), "row")
+        unit_keys, wide_values = released_unit(wide), values.to(dtype)
+        if memory is not None:
+            gram = memory.add(unit_keys, wide_values, text_group, 1, end)[:, 0]
+        else:
+            gram = ops.segment_gram(unit_keys, wide_values, text_group, layout.num_sequences)
         turned = weight.to(dtype).T
-        unit = (gram * ratio.to(dtype).flatten()) @ turned
+        unit = (normed(gram, "row") * ratio.to(dtype).flatten()) @ turned
     # A layout without the modality `text` has no text tokens: nothing is mapped.
     has_text = layout.counts[:, text] > 0 if text < modalities else torch.zeros_like(layout.counts[:, 0]) > 0
     mapped = has_text[:, None] & of_vision

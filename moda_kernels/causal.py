@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moda_kernels import ops
 from moda_kernels.grouped import compute_dtype
-from moda_kernels.keymap import KeyMap, fused_matrix, normed
+from moda_kernels.keymap import KeyMap, fused_matrix, normed, sum_of_others
 from moda_kernels.layout import ModalityLayout
 
 #: All segments at once while their matrices hold at most this many times the keys' numbers, …
@@ -33,6 +33,8 @@ class CausalMap(KeyMap):
         layout: their layout.
         ratio, weight, fusion, norm, aligned: the aligner's.
         chunk: segments per chunk. Default: all at once where that is small.
+        before: Gram sums ``[N, M, Hkv, D, D]`` over tokens that stand before these (while decoding), and before_counts
+            ``[N, M]``, how many they are.
     """
 
     source: Tensor
@@ -43,6 +45,8 @@ class CausalMap(KeyMap):
     norm: str
     aligned: tuple[int, ...]
     chunk: int | None = None
+    before: Tensor | None = None
+    before_counts: Tensor | None = None
 
     @property
     def num_heads(self) -> int:  # type: ignore[override]
@@ -136,6 +140,9 @@ class CausalMap(KeyMap):
         rest = _weighted_sum(torch.cat((carried, earlier), 1), torch.cat((running, gram)))
 
         counts = layout.prefix[start.long()] - layout.prefix[layout.cu_seqlens[sequence.long()].long()]
+        if self.before is not None and self.before_counts is not None:
+            rest = rest + sum_of_others(self.before)[sequence.long(), modality.long()]
+            counts = counts + self.before_counts[sequence.long()]
         aligned = torch.tensor([m in self.aligned for m in range(layout.num_modalities)], device=table.device)
         mapped = exists & ((counts * others).sum(1) > 0) & aligned[modality.long()]
 

@@ -28,6 +28,14 @@ def normed(gram: Tensor, norm: str) -> Tensor:
     return torch.where(square > 0, scaled * torch.where(square > 0, square, 1).rsqrt(), 0)
 
 
+def sum_of_others(gram: Tensor) -> Tensor:
+    """R ``[N, M, …]`` from G ``[N, M, …]``: for each modality the sum over the others. (Total minus own would lose
+    digits that the norm then amplifies.)"""
+    modalities = gram.shape[1]
+    others = [[b for b in range(modalities) if b != a] for a in range(modalities)]
+    return torch.stack([gram[:, other].sum(1) for other in others], 1)
+
+
 def fused_matrix(rest: Tensor, ratio: Tensor | None, weight: Tensor | None, fusion: str) -> Tensor:
     """A of k' = k A from the normed rest R̂.
 
