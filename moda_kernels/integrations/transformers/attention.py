@@ -198,7 +198,8 @@ def before_text_model(
 
     state = None
     # Layers that are checkpointed go without a cache, whoever asks for one.
-    if not (module.training and getattr(module, "is_gradient_checkpointing", False)):
+    checkpointed = module.training and any(getattr(part, "gradient_checkpointing", False) for part in module.modules())
+    if not checkpointed:
         cache = arguments.get("past_key_values")
         use_cache = arguments.get("use_cache")
         use_cache = getattr(module.config, "use_cache", False) if use_cache is None else use_cache
