@@ -173,7 +173,11 @@ class DuplexAligner(nn.Module):
             new, part = memory.new_tokens("key", key, begin, end)
         if not causal:
             return self._sequence_map(memory.add(new, new, part.groups("modality"), m, end), layout)
-        fused = self._causal_map(new, part, memory.gram, layout.counts - part.counts).align(new, part)
+        before, counts = memory.gram, layout.counts - part.counts
+        if before is not None and not part.packed and end - begin == 1:
+            fused = self._align_one(new, part, before, counts)
+        else:
+            fused = self._causal_map(new, part, before, counts).align(new, part)
         kept = memory.keep(fused, begin, key)
         memory.add(new, new, part.groups("modality"), m, end, undo=not cropped)
         return KeptKeys(kept, layout)
@@ -185,6 +189,25 @@ class DuplexAligner(nn.Module):
             tokens, layout, self.ratio, self.weight, self.fusion, self.norm, self.aligned,
             before=before, before_counts=counts,
         )  # fmt: skip
+
+    def _align_one(self, tokens: Tensor, layout: ModalityLayout, before: Tensor, counts: Tensor) -> Tensor:
+        """The causal map of one new token per sequence ``[B, Hkv, D]``, applied: in few small operations, because they
+        are done for every token and layer."""
+
+        def facts() -> tuple[Tensor, Tensor, Tensor]:
+            modality = layout.modality[:, 0].long().clamp(min=0)
+            rows = torch.arange(modality.numel(), device=modality.device)
+            aligned = torch.tensor([m in self.aligned for m in range(self.num_modalities)], device=modality.device)
+            alone = counts.sum(1) == counts[rows, modality]
+            return rows, modality, (layout.modality[:, 0] >= 0) & aligned[modality] & ~alone
+
+        rows, modality, mapped = layout.remember(("one token", self.aligned), facts)
+        with torch.autocast(tokens.device.type, enabled=False):
+            rest = normed(sum_of_others(before)[rows, modality], self.norm)
+            ratio, weight = (None if p is None else p.to(before.dtype)[modality] for p in (self.ratio, self.weight))
+            matrix = fused_matrix(rest, ratio, weight, self.fusion)
+            fused = (tokens.to(before.dtype)[:, :, None] @ matrix)[:, :, 0].to(tokens.dtype)
+        return torch.where(mapped[:, None, None], fused, tokens)
 
     def _sequence_map(self, gram: Tensor, layout: ModalityLayout) -> ModalityMap:
         """The map from Gram sums ``[N, M, Hkv, D, D]`` over whole sequences."""

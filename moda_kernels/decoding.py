@@ -415,10 +415,13 @@ class LayerState:
         """Σ x_tᵀ y_t ``[N, G, H, D, E]`` so far, with new tokens ``[tokens, H, D]``; group int64 ``[tokens]``:
         sequence · G + which, -1: none. undo: remember the sums as they were."""
         n = self.state.layout().num_sequences
-        new = ops.segment_gram(x, y, group, n * groups).unflatten(0, (n, groups))
         if undo:
             self._before.append((self._summed, self.gram))
-        self.gram = new if self.gram is None else self.gram + new
+        if self.gram is not None and not self.state.packed and end - self._summed == 1:
+            self.gram = _plus_outer(self.gram, x, y, group)
+        else:
+            new = ops.segment_gram(x, y, group, n * groups).unflatten(0, (n, groups))
+            self.gram = new if self.gram is None else self.gram + new
         self._summed = end
         return self.gram
 
@@ -511,6 +514,15 @@ def layer_of(state: DecodeState | LayerState) -> LayerState:
     if not isinstance(state, DecodeState):
         raise checks.wrong_type("state", "a DecodeState, or state[i] of one", state)
     return state[0]
+
+
+def _plus_outer(gram: Tensor, x: Tensor, y: Tensor, group: Tensor) -> Tensor:
+    """gram + xᵀy where each sequence has one new token: `segment_gram` in few small operations, because they are done
+    for every token and layer."""
+    real = (group >= 0)[:, None, None]  # padding may hold anything
+    x, y = (torch.where(real, t, 0).to(gram.dtype) for t in (x, y))
+    own = torch.nn.functional.one_hot(group.clamp(min=0) % gram.shape[1], gram.shape[1]).to(gram.dtype)
+    return gram + own[..., None, None, None] * (x[..., :, None] * y[..., None, :])[:, None]
 
 
 def _bounds_of(lengths: Tensor) -> Tensor:
