@@ -67,7 +67,8 @@ def state_of(cache: Any, num_modalities: int) -> DecodeState:
                 "a cache that an enabled model has filled from its first token (start from an empty one)",
                 f"one with {int(cache.get_seq_length())} tokens of unknown modality",
             )
-        cache.__class__ = _remembering(type(cache))
+        kind: Any = type(cache)
+        cache.__class__ = _remembering(kind)
         cache.moda_state = DecodeState(num_modalities)
     state: DecodeState = cache.moda_state
     held = cache.get_seq_length()

@@ -41,7 +41,8 @@ def enable(
     (Qwen). Other decoders, and calls with ``inputs_embeds``, run within ``with modality_ids(ids):``. Each attention
     layer of the text model gets an aligner, ``….self_attn.moda_aligner``: in ``state_dict``, ``parameters`` and
     ``save_pretrained``; for PEFT name it in ``modules_to_save``. Fresh aligners leave the model's outputs as they are.
-    The vision tower stays as it is. Padding of the attention mask is seen by nobody.
+    The vision tower stays as it is. Padding of the attention mask is seen by nobody. Gram matrices of rotated keys know
+    absolute positions: a forward with padding on the left needs the ``position_ids`` that `generate` makes.
 
     With the defaults `generate` (greedy, sampled, beams, assisted; dynamic, static, sliding caches) gives what a full
     pass over the same tokens gives. Not so for whole models with ``scope="sequence"`` or ``fusion="released"``, with
