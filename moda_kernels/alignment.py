@@ -166,8 +166,7 @@ class DuplexAligner(nn.Module):
         causal, m = self.scope == "causal", self.num_modalities
         begin, end = memory.begin(causal)
         new, part = memory.new_tokens("key", key, begin, end)
-        cropped = causal and end < memory.state.length
-        if cropped:  # these are aligned already
+        if causal and end < memory.state.length:  # cropped: these are aligned already
             memory.add(new, new, part.groups("modality"), m, end)
             begin, end = memory.begin(causal)
             new, part = memory.new_tokens("key", key, begin, end)
@@ -179,7 +178,7 @@ class DuplexAligner(nn.Module):
         else:
             fused = self._causal_map(new, part, before, counts).align(new, part)
         kept = memory.keep(fused, begin, key)
-        memory.add(new, new, part.groups("modality"), m, end, undo=not cropped)
+        memory.add(new, new, part.groups("modality"), m, end)
         return KeptKeys(kept, layout)
 
     def _causal_map(

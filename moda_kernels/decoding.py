@@ -84,8 +84,9 @@ class DecodeState:
 
     Args:
         num_modalities: M.
-        undo: so many of the last appends :meth:`crop` takes back without reading all keys again; each costs a copy of
-            the Gram sums (M·Hkv·D² numbers per sequence and layer).
+        undo: so many of the last tokens :meth:`crop` takes back without reading all keys again, by up to two older
+            copies of the Gram sums (M·Hkv·D² numbers each, per sequence and layer). Has to be less than the window of a
+            sliding cache. Not for packed documents.
 
     Attributes:
         length: tokens so far, padding included: columns of the batch, or all tokens of packed documents.
@@ -93,7 +94,7 @@ class DecodeState:
     A state belongs to one set of weights: make a new one for each prompt, and after each optimiser step.
     """
 
-    def __init__(self, num_modalities: int, *, undo: int = 1) -> None:
+    def __init__(self, num_modalities: int, *, undo: int = 32) -> None:
         self.num_modalities = checks.integer("num_modalities", num_modalities, 1)
         self.undo = checks.integer("undo", undo, 0)
         self._ids: Tensor | None = None
@@ -258,9 +259,9 @@ class DecodeState:
     def crop(self, length: int | Tensor) -> None:
         """Forget all tokens but the first ``length``, as a cache does for rejected ones.
 
-        Aligned keys of the others stay; Gram sums go back to what they were before the last append (see ``undo``), or
-        are made again from the cache's keys at the next call, which raises if the cache no longer has them. Nothing is
-        subtracted.
+        Aligned keys of the others stay; Gram sums go back to an older copy (see ``undo``) or to nothing, and are made
+        again from there with the cache's keys at the next call, which raises if the cache no longer has them. Nothing
+        is subtracted.
 
         Args:
             length: columns that stay; packed: tokens of each document, also an integer tensor ``[N]``. More than there
@@ -358,7 +359,7 @@ class LayerState:
         self.state = state
         self.gram: Tensor | None = None
         self._summed = 0  # tokens in `gram`
-        self._before: deque[tuple[int, Tensor | None]] = deque(maxlen=state.undo)
+        self._before: deque[tuple[int, Tensor | None]] = deque(maxlen=2 if state.undo else 0)  # older (_summed, gram)
         # Aligned keys of the last tokens before `_aligned`: columns first…end-1 of a buffer that may have room behind.
         self._buffer: Tensor | None = None
         self._first = self._end = 0
@@ -411,17 +412,29 @@ class LayerState:
             )
         return cached[:, :, begin - gone : end - gone].transpose(1, 2).flatten(0, 1), part
 
-    def add(self, x: Tensor, y: Tensor, group: Tensor, groups: int, end: int, undo: bool = True) -> Tensor:
+    def add(self, x: Tensor, y: Tensor, group: Tensor, groups: int, end: int) -> Tensor:
         """Σ x_tᵀ y_t ``[N, G, H, D, E]`` so far, with new tokens ``[tokens, H, D]``; group int64 ``[tokens]``:
-        sequence · G + which, -1: none. undo: remember the sums as they were."""
-        n = self.state.layout().num_sequences
-        if undo:
-            self._before.append((self._summed, self.gram))
-        if self.gram is not None and not self.state.packed and end - self._summed == 1:
+        sequence · G + which, -1: none."""
+        n, begin, undo = self.state.layout().num_sequences, self._summed, self.state.undo
+
+        def plus(before: Tensor | None, group: Tensor) -> Tensor:
+            new = ops.segment_gram(x, y, group, n * groups).unflatten(0, (n, groups))
+            return new if before is None else before + new
+
+        if self.state.packed:
+            self.gram = plus(self.gram, group)
+        elif self.gram is not None and end - begin == 1:
+            if not self._before or begin - self._before[-1][0] >= undo:
+                self._before.append((begin, self.gram))
             self.gram = _plus_outer(self.gram, x, y, group)
         else:
-            new = ops.segment_gram(x, y, group, n * groups).unflatten(0, (n, groups))
-            self.gram = new if self.gram is None else self.gram + new
+            # A copy of the sums at most `undo` tokens back.
+            cut = max(begin, end - undo)
+            if begin < cut < end:
+                late = (torch.arange(begin, end, device=x.device) >= cut).repeat(n)
+                self.gram, group = plus(self.gram, torch.where(late, -1, group)), torch.where(late, group, -1)
+            self._before.append((cut, self.gram))
+            self.gram = plus(self.gram, group)
         self._summed = end
         return self.gram
 

@@ -11,7 +11,7 @@ from vlm import FAMILIES, transformers
 
 import moda_kernels as mk
 from moda_kernels.integrations.transformers import attention as integration
-from moda_kernels.integrations.transformers import disable, enable
+from moda_kernels.integrations.transformers import disable, enable, modality_ids
 
 EXACT = {"rtol": 0, "atol": 1e-5}
 NEW = 5
@@ -152,12 +152,31 @@ def test_chunks_and_crops(family: str, static: bool) -> None:
                 cache.crop(0)
 
 
-def test_assisted_generation() -> None:
-    model, x = vlm.randomised(enable(vlm.make("llava"))), vlm.inputs("llava")
-    one = {n: t[1:] for n, t in x.items() if n != "pixel_values"}
-    one["input_ids"][:, 4:10] = torch.tensor([20, 25, 22, 20, 25, 22])
-    options = {"min_new_tokens": 12, "max_new_tokens": 12, "do_sample": False}
+@pytest.mark.parametrize("family", ["llava", "gemma3"])
+def test_assisted_generation(family: str) -> None:
+    """Candidates come several at once, with the prompt the first time, and some are taken back; in Gemma 3 from a
+    sliding cache, too."""
+    model, x = vlm.randomised(enable(vlm.make(family))), vlm.inputs(family, images=False)
+    one = {n: t[1:] for n, t in x.items()}
+    one["input_ids"][:, 1:7] = torch.tensor([20, 25, 22, 20, 25, 22])
+    options = {"min_new_tokens": 14, "max_new_tokens": 14, "do_sample": False, "suppress_tokens": [vlm.IMAGE]}
     assert torch.equal(model.generate(**one, prompt_lookup_num_tokens=3, **options), model.generate(**one, **options))
+
+
+def test_an_assistant_with_aligners_of_its_own() -> None:
+    model, assistant = (vlm.randomised(enable(vlm.llama(seed))) for seed in (0, 1))
+    ids, kinds = torch.randint(20, 99, (1, 9)), torch.tensor([[0, 0, 1, 1, 1, 0, 0, 1, 0]])
+    options = {"min_new_tokens": 12, "max_new_tokens": 12, "do_sample": False}
+    with modality_ids(kinds, rest=0):
+        expected = model.generate(ids, **options)
+        assert torch.equal(model.generate(ids, assistant_model=assistant, **options), expected)
+        assert torch.equal(model.generate(ids, use_cache=False, **options), expected)
+
+
+def test_prefill_in_chunks() -> None:
+    model, x = vlm.randomised(enable(vlm.make("llava"))), vlm.inputs("llava", images=False)
+    options = {"min_new_tokens": NEW, "max_new_tokens": NEW, "do_sample": False}
+    assert torch.equal(model.generate(**x, prefill_chunk_size=6, **options), model.generate(**x, **options))
 
 
 def test_a_copied_cache_takes_its_state_along() -> None:

@@ -84,8 +84,8 @@ def make(family: str, seed: int = 0) -> Any:
     return _MAKERS[family]().eval()
 
 
-def llama() -> Any:
-    torch.manual_seed(0)
+def llama(seed: int = 0) -> Any:
+    torch.manual_seed(seed)
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT)).eval()
 
 

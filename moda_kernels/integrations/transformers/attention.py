@@ -208,7 +208,7 @@ def before_text_model(
 
             cache = arguments["past_key_values"] = DynamicCache(config=module.config)
         if cache is not None:
-            state = caches.state_of(cache, settings.num_modalities)
+            state = caches.state_of(cache, settings.num_modalities, getattr(module.config, "sliding_window", None))
     past = 0 if state is None else state.length
 
     told = modalities.told(batch, new, past, source.device)

@@ -41,7 +41,7 @@ class _Remembers:
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
-        self.moda_state = DecodeState(self.moda_state.num_modalities)
+        self.moda_state = DecodeState(self.moda_state.num_modalities, undo=self.moda_state.undo)
 
 
 @functools.cache
@@ -50,8 +50,15 @@ def _remembering(kind: Any) -> Any:
     return type(kind.__name__, (_Remembers, kind), {"__module__": kind.__module__})
 
 
-def state_of(cache: Any, num_modalities: int) -> DecodeState:
+#: How many tokens assisted generation may take back cheaply.
+UNDO = 32
+
+
+def state_of(cache: Any, num_modalities: int, window: int | None = None) -> DecodeState:
     """The state beside a cache; a new one for an empty cache that has none.
+
+    Args:
+        window: of the model's sliding layers.
 
     Raises:
         TypeError: another kind of cache. ValueError: one that already holds tokens.
@@ -69,7 +76,7 @@ def state_of(cache: Any, num_modalities: int) -> DecodeState:
             )
         kind: Any = type(cache)
         cache.__class__ = _remembering(kind)
-        cache.moda_state = DecodeState(num_modalities)
+        cache.moda_state = DecodeState(num_modalities, undo=UNDO if window is None else min(UNDO, max(window - 1, 0)))
     state: DecodeState = cache.moda_state
     held = cache.get_seq_length()
     if isinstance(held, int) and held != state.length:  # a number on the host: nothing waits

@@ -64,13 +64,14 @@ UNKNOWN = Family({})
 class Told(NamedTuple):
     ids: Tensor
     items: Tensor | None
+    rest: int | None = None
 
 
 _told: ContextVar[Told | None] = ContextVar("moda_kernels_modality_ids", default=None)
 
 
 @contextlib.contextmanager
-def modality_ids(ids: Tensor, *, item_ids: Tensor | None = None) -> Iterator[None]:
+def modality_ids(ids: Tensor, *, item_ids: Tensor | None = None, rest: int | None = None) -> Iterator[None]:
     """Within the block, say what the tokens of an enabled model's calls are.
 
     For models of other families than those that :func:`enable` knows, and for calls with ``inputs_embeds``. ::
@@ -83,15 +84,19 @@ def modality_ids(ids: Tensor, *, item_ids: Tensor | None = None) -> Iterator[Non
             what the attention mask hides. Tokens that are generated after the prompt are text. For beams the rows are
             repeated as ``generate`` repeats them.
         item_ids: as in :func:`moda_kernels.segment_modalities`.
+        rest: the modality of tokens behind these, for calls that bring more than the prompt (assisted generation,
+            generation without a cache). Default: more tokens than ids are an error.
 
     Raises:
         TypeError, ValueError: not integers, another shape. In the model's call: tokens of another number than ids.
     """
+    if rest is not None:
+        checks.integer("rest", rest, 0)
     if checks.integer_tensor("ids", ids).dim() != 2:
         raise checks.wrong_value("ids", "[B, L]", ids)
     if item_ids is not None:
         checks.shape("item_ids", checks.integer_tensor("item_ids", item_ids), ids.shape, "of ids")
-    token = _told.set(Told(ids, item_ids))
+    token = _told.set(Told(ids, item_ids, rest))
     try:
         yield
     finally:
@@ -106,11 +111,13 @@ def told(batch: int, new: int, past: int, device: torch.device) -> Told | None:
     rows, length = said.ids.shape
     if past:
         text = torch.zeros(batch, new, dtype=torch.int64, device=device)
-        return Told(text, None if said.items is None else text)
-    if length != new or batch % max(rows, 1) or (rows == 0) != (batch == 0):
+        return Told(text + (said.rest or 0), None if said.items is None else text)
+    more = new - length
+    if more < 0 or (more > 0 and said.rest is None) or batch % max(rows, 1) or (rows == 0) != (batch == 0):
         raise checks.wrong_value("modality_ids", f"ids of the {batch} x {new} tokens of the model's call", said.ids)
 
     def repeated(x: Tensor) -> Tensor:
         return x.to(device, torch.int64).repeat_interleave(batch // max(rows, 1), 0)
 
-    return Told(repeated(said.ids), None if said.items is None else repeated(said.items))
+    ids = torch.nn.functional.pad(repeated(said.ids), (0, more), value=said.rest or 0)
+    return Told(ids, None if said.items is None else torch.nn.functional.pad(repeated(said.items), (0, more)))
