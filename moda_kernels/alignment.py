@@ -34,18 +34,23 @@ def as_layout(layout: ModalityLayout | Tensor, num_modalities: int | None = None
     return segment_modalities(layout, num_modalities=num_modalities)
 
 
-def to_tokens(name: str, x: Tensor, layout: ModalityLayout) -> Tensor:
-    """``[B, H, L, D]`` or packed ``[T, H, D]`` → ``[tokens, H, D]``, checked against the layout."""
+def check_tokens(name: str, x: Tensor, layout: ModalityLayout) -> None:
+    """Raise where x is not ``[B, H, L, D]`` or packed ``[T, H, D]``, as the layout."""
     checks.float_tensor(name, x)
     checks.same_device(name, x, layout.device, "the layout")
     if layout.packed:
         if x.dim() != 3 or x.shape[0] != layout.num_tokens:
             raise checks.wrong_value(name, f"[T, H, D] with T = {layout.num_tokens}, as the packed layout", x)
-        return x
+        return
     batch, length = layout.modality.shape
     if x.dim() != 4 or x.shape[0] != batch or x.shape[2] != length:
         raise checks.wrong_value(name, f"[B, H, L, D] with B = {batch} and L = {length}, as the layout", x)
-    return x.transpose(1, 2).flatten(0, 1)
+
+
+def to_tokens(name: str, x: Tensor, layout: ModalityLayout) -> Tensor:
+    """``[B, H, L, D]`` or packed ``[T, H, D]`` → ``[tokens, H, D]``, checked against the layout."""
+    check_tokens(name, x, layout)
+    return x if layout.packed else x.transpose(1, 2).flatten(0, 1)
 
 
 def from_tokens(x: Tensor, layout: ModalityLayout) -> Tensor:
@@ -148,13 +153,14 @@ class DuplexAligner(nn.Module):
             raise checks.wrong_value(
                 "layout", f"{self.num_modalities} modalities, as the aligner", layout.num_modalities
             )
-        tokens = to_tokens("key", key, layout)
-        if tokens.shape[-1] != self.head_dim:
+        check_tokens("key", key, layout)
+        if key.shape[-1] != self.head_dim:
             raise checks.wrong_value("key", f"head size {self.head_dim}, as the aligner", key)
         for name, parameter in self.named_parameters():
             checks.same_device(f"the aligner's {name}", parameter, key.device, "key")
         if memory is not None:
             return self._decode(key, layout, memory)
+        tokens = to_tokens("key", key, layout)
         if self.scope == "causal":
             return self._causal_map(tokens, layout)
         sequences, modalities = layout.counts.shape
@@ -279,9 +285,10 @@ def released_key_map(
     elif layout is None:
         raise checks.wrong_value("layout", "a ModalityLayout, modality ids, or state", None)
     layout = as_layout(layout)
-    keys, values = to_tokens("key", key, layout), to_tokens("value", value, layout)
-    checks.shape("value", values, keys.shape, "of key (tokens, heads, head size)")
-    dim, modalities = keys.shape[-1], layout.num_modalities
+    check_tokens("key", key, layout)
+    check_tokens("value", value, layout)
+    checks.shape("value", value, key.shape, "of key")
+    dim, modalities = key.shape[-1], layout.num_modalities
     for name, modality in (("vision", vision), ("text", text)):
         checks.integer(name, modality, 0)
     if vision == text:
@@ -291,11 +298,13 @@ def released_key_map(
         raise checks.wrong_value("ratio", f"[D] = ({dim},) or [1, 1, D]", ratio)
     checks.shape("weight", checks.float_tensor("weight", weight), (dim, dim), "[D, D]")
     for name, parameter in (("ratio", ratio), ("weight", weight)):
-        checks.same_device(name, parameter, keys.device, "key")
+        checks.same_device(name, parameter, key.device, "key")
 
-    dtype = compute_dtype(keys, values)
+    dtype = compute_dtype(key, value)
     summed = layout
-    if memory is not None:
+    if memory is None:
+        keys, values = to_tokens("key", key, layout), to_tokens("value", value, layout)
+    else:
         begin, end = memory.begin(causal=False)
         values, _ = memory.new_tokens("value", value, begin, end)
         keys, summed = memory.new_tokens("key", key, begin, end)

@@ -521,6 +521,13 @@ def test_errors(refused: Callable[..., None]) -> None:
     key_map = aligner(key, state=state)
     assert isinstance(key_map, KeptKeys)
     refused(lambda: aligner(key, state=state), ValueError, ["state", "state[i]"])
+    cropped = mk.DecodeState(M)  # nothing new either
+    cropped.append(torch.zeros(2, 5).long())
+    aligner(key, state=cropped)
+    cropped.crop(3)
+    refused(lambda: aligner(key[:, :, :3], state=cropped), ValueError, ["state", "new tokens"])
+    refused(lambda: aligner(key[0], state=cropped), ValueError, ["key", "[B, Hkv, columns, D]"])
+    refused(lambda: aligner(3, state=cropped), TypeError, ["key"])
     attend = mk.moda_attention
     refused(lambda: attend(key, key, key, state=state, query_start=1), ValueError, ["query_start"])
     refused(lambda: attend(torch.randn(2, 2, 6, D), key, key, state=state), ValueError, ["query", "5"])

@@ -1,52 +1,16 @@
-"""`DecodeState`: what MODA remembers beside a KV cache, so that a new token costs one token's work (spec: "Decoding").
-
-The cache holds raw keys. Beside it, for each layer, stand running Gram sums per modality and, with the causal scope,
-the aligned keys: those never change once made. Aligned keys are not put into the cache in place of raw ones, because
-after a crop sums are made again from raw keys (never subtracted), and because one rule for all scopes is easier to live
-with; the price is half a cache more for each causal layer. Layouts are segmented anew for each append: linear integer
-work once for all layers, which is little beside one layer's attention over the same tokens.
-"""
+"""`DecodeState`, which tokens a cache holds and what they are, for all layers."""
 
 import dataclasses
-from collections import deque
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from moda_kernels import checks, ops
-from moda_kernels.keymap import KeyMap
+from moda_kernels import checks
+from moda_kernels.decoding.documents import bounds_of, merged, scattered
+from moda_kernels.decoding.layer import LayerState
 from moda_kernels.layout import ModalityLayout, segment_modalities
 from moda_kernels.mask import ModularMask
-
-#: Room for new aligned keys, in parts of those there are: copying all of them costs O(1) per token so.
-GROWTH = 4
-
-
-@dataclass(frozen=True, eq=False)
-class KeptKeys(KeyMap):
-    """The map of a causal layer while decoding: aligned keys that were made before.
-
-    Attributes:
-        keys: aligned, in the shape of the cache's raw keys.
-        layout: of these keys.
-    """
-
-    keys: Tensor
-    layout: ModalityLayout
-
-    @property
-    def num_heads(self) -> int:  # type: ignore[override]
-        return self.keys.shape[1]
-
-    @property
-    def head_dim(self) -> int:  # type: ignore[override]
-        return self.keys.shape[-1]
-
-    def align(self, key: Tensor, layout: ModalityLayout) -> Tensor:
-        tokens = self.keys if layout.packed else self.keys.transpose(1, 2).flatten(0, 1)
-        return tokens.to(key.dtype)
 
 
 class Place(NamedTuple):
@@ -114,7 +78,7 @@ class DecodeState:
     def packed(self) -> bool:
         return self._bounds is not None
 
-    def __getitem__(self, layer: int) -> "LayerState":
+    def __getitem__(self, layer: int) -> LayerState:
         """What layer `layer` remembers; made at the first call."""
         checks.integer("layer", layer, 0)
         return self._layers.setdefault(layer, LayerState(self))
@@ -161,8 +125,8 @@ class DecodeState:
                     documents = self._bounds.numel() - 1
                     raise checks.wrong_value("cu_seqlens", f"[N + 1] with N = {documents}, as before", chunk.cu_seqlens)
                 bounds = self._bounds + chunk.cu_seqlens
-                old, new = _merged(self._bounds, bounds, 0), _merged(chunk.cu_seqlens, bounds, 1)
-                ids, items = _scattered(self._ids, ids, old, new), _scattered(self._items, items, old, new)
+                old, new = merged(self._bounds, bounds, 0), merged(chunk.cu_seqlens, bounds, 1)
+                ids, items = scattered(self._ids, ids, old, new), scattered(self._items, items, old, new)
             else:
                 ids, items = torch.cat((self._ids, ids), 1), torch.cat((self._items, items), 1)
             self._room += modality_ids.numel() if chunk.packed else shape[1]
@@ -192,7 +156,8 @@ class DecodeState:
             if spare > 0:
                 ids = torch.nn.functional.pad(ids, (0, spare), value=-1)
                 items = torch.nn.functional.pad(items, (0, spare))
-            made = self._segmented(ids[..., -columns:] if spare < 0 else ids, items[..., -columns:], self._bounds)
+            first = max(-spare, 0)
+            made = self._segmented(ids[..., first:], items[..., first:], self._bounds)
             if spare < 0:
                 made = dataclasses.replace(made, counts=self.layout().counts)
             self._layouts[columns] = made
@@ -217,7 +182,9 @@ class DecodeState:
             ValueError: more queries than new tokens; keys that the mask shows are gone.
         """
         own = self._layout_for(key, layout)
-        rows = checks.float_tensor("query", query).shape[0 if self.packed else -2]
+        if checks.float_tensor("query", query).dim() != key.dim():
+            raise checks.wrong_value("query", f"{key.dim()} axes, as key", query)
+        rows = query.shape[0 if self.packed else 2]
         if rows > self._newest or (self.packed and rows != self._newest):
             raise checks.wrong_value("query", f"the {self._newest} tokens appended last", f"{rows} queries")
         if self.packed:
@@ -248,7 +215,7 @@ class DecodeState:
             starts = self._bounds[:-1][sequences]
             rows = torch.cat([torch.arange(a, a + n) for a, n in zip(starts.tolist(), lengths.tolist(), strict=True)])
             rows = rows.to(sequences.device)
-            self._bounds, self._new_bounds = (_bounds_of(n) for n in (lengths, newest))
+            self._bounds, self._new_bounds = (bounds_of(n) for n in (lengths, newest))
             self._newest = int(newest.sum())
         before = self.length
         self._ids, self._items = self._ids.index_select(0, rows), self._items.index_select(0, rows)
@@ -275,11 +242,12 @@ class DecodeState:
             return
         if self._bounds is not None:
             old = self._bounds
-            lengths = torch.minimum(old.diff(), torch.as_tensor(length, dtype=torch.int32, device=old.device))
+            wanted = torch.as_tensor(length, dtype=torch.int32, device=old.device).clamp(min=0)
+            lengths = torch.minimum(old.diff(), wanted)
             if torch.equal(lengths, old.diff()):
                 return
-            self._bounds = _bounds_of(lengths)
-            kept = _merged(self._bounds, old, 0)
+            self._bounds = bounds_of(lengths)
+            kept = merged(self._bounds, old, 0)
             self._ids, self._items = self._ids[kept], self._items[kept]
             self._new_bounds, self._newest = torch.zeros_like(old), 0
             for layer in self._layers.values():
@@ -303,8 +271,10 @@ class DecodeState:
         )
 
     def _layout_for(self, key: Tensor, layout: ModalityLayout | Tensor | None) -> ModalityLayout:
-        columns = checks.float_tensor("key", key).shape[0 if self.packed else -2] if key.dim() > 1 else 0
-        own = self.layout(columns)
+        axes = "[T, Hkv, D]" if self.packed else "[B, Hkv, columns, D]"
+        if checks.float_tensor("key", key).dim() != (3 if self.packed else 4):
+            raise checks.wrong_value("key", f"{axes}, the cache's", key)
+        own = self.layout(key.shape[0 if self.packed else 2])
         if layout is not None and layout is not own:
             raise checks.wrong_value("layout", "None together with state, or state.layout(keys of the cache)", layout)
         return own
@@ -319,7 +289,7 @@ class DecodeState:
         if key not in self._layouts:
             if self._bounds is not None:
                 assert self._new_bounds is not None
-                rows = _merged(self._new_bounds, self._bounds, 1)
+                rows = merged(self._new_bounds, self._bounds, 1)
                 made = self._segmented(self._ids[rows], self._items[rows], self._new_bounds)
             else:
                 made = self._segmented(self._ids[:, begin:end], self._items[:, begin:end], None)
@@ -347,179 +317,6 @@ class DecodeState:
             )
 
 
-class LayerState:
-    """What one attention layer remembers: ``state[i]`` of a :class:`DecodeState`.
-
-    Attributes:
-        gram: running Gram sums per modality, float32 (float64), ``[N, M, Hkv, D, D]`` (for `gram_affinity`, too); of
-            the released variant ``[N, 1, Hkv, D, D]``. None before the first call.
-    """
-
-    def __init__(self, state: DecodeState) -> None:
-        self.state = state
-        self.gram: Tensor | None = None
-        self._summed = 0  # tokens in `gram`
-        self._before: deque[tuple[int, Tensor | None]] = deque(maxlen=2 if state.undo else 0)  # older (_summed, gram)
-        # Aligned keys of the last tokens before `_aligned`: columns first…end-1 of a buffer that may have room behind.
-        self._buffer: Tensor | None = None
-        self._first = self._end = 0
-        self._aligned = 0
-
-    # Called by the aligners.
-
-    def layout_for(self, key: Tensor, layout: ModalityLayout | Tensor | None) -> ModalityLayout:
-        """The layout of these keys of the cache; a layout that the caller named has to be the same."""
-        return self.state._layout_for(key, layout)
-
-    def begin(self, causal: bool) -> tuple[int, int]:
-        """(first, last + 1) of the tokens that a call has to look at: those not yet summed and, for the causal scope,
-        aligned.
-
-        Raises:
-            ValueError: nothing is new.
-        """
-        state = self.state
-        state.layout()
-        if state.packed and self._summed not in (0, state.length - state._newest):
-            self._forget()
-        if self._summed == state.length and state.length:
-            raise checks.wrong_value(
-                "state", "new tokens (state.append once per step, and state[i] of its own for each layer)", "none"
-            )
-        return self._summed, self._aligned if causal and self._aligned > self._summed else state.length
-
-    def new_tokens(self, name: str, cached: Tensor, begin: int, end: int) -> tuple[Tensor, ModalityLayout]:
-        """Keys (or values) of tokens begin…end-1 from a cache ``[B, H, columns, D]``, packed ``[T, H, D]``, as
-        ``[tokens, H, D]``, and their layout.
-
-        Raises:
-            ValueError: the cache no longer has them.
-        """
-        state = self.state
-        part = state._part(begin, end)
-        if state.packed:
-            if begin > 0:
-                assert state._new_bounds is not None and state._bounds is not None
-                cached = cached[_merged(state._new_bounds, state._bounds, 1)]
-            return cached, part
-        gone = max(state.length - cached.shape[2], 0)
-        if begin < gone:
-            raise checks.wrong_value(
-                name,
-                f"those of tokens {begin} to {end - 1} (not summed yet, or to be summed again after a crop; `undo` of "
-                "DecodeState says how far crop goes back without them)",
-                f"a cache that holds only tokens from {gone} on",
-            )
-        return cached[:, :, begin - gone : end - gone].transpose(1, 2).flatten(0, 1), part
-
-    def add(self, x: Tensor, y: Tensor, group: Tensor, groups: int, end: int) -> Tensor:
-        """Σ x_tᵀ y_t ``[N, G, H, D, E]`` so far, with new tokens ``[tokens, H, D]``; group int64 ``[tokens]``:
-        sequence · G + which, -1: none."""
-        n, begin, undo = self.state.layout().num_sequences, self._summed, self.state.undo
-
-        def plus(before: Tensor | None, group: Tensor) -> Tensor:
-            new = ops.segment_gram(x, y, group, n * groups).unflatten(0, (n, groups))
-            return new if before is None else before + new
-
-        if self.state.packed:
-            self.gram = plus(self.gram, group)
-        elif self.gram is not None and end - begin == 1:
-            if not self._before or begin - self._before[-1][0] >= undo:
-                self._before.append((begin, self.gram))
-            self.gram = _plus_outer(self.gram, x, y, group)
-        else:
-            # A copy of the sums at most `undo` tokens back.
-            cut = max(begin, end - undo)
-            if begin < cut < end:
-                late = (torch.arange(begin, end, device=x.device) >= cut).repeat(n)
-                self.gram, group = plus(self.gram, torch.where(late, -1, group)), torch.where(late, group, -1)
-            self._before.append((cut, self.gram))
-            self.gram = plus(self.gram, group)
-        self._summed = end
-        return self.gram
-
-    def keep(self, fused: Tensor, begin: int, key: Tensor) -> Tensor:
-        """Keep the aligned keys ``[tokens, H, D]`` of tokens begin… (the newest), and return those of all keys of the
-        cache, in its shape."""
-        state = self.state
-        if state._bounds is not None:
-            if self._buffer is not None and begin > 0:
-                assert state._new_bounds is not None
-                old = state._bounds - state._new_bounds
-                rows = _merged(old, state._bounds, 0), _merged(state._new_bounds, state._bounds, 1)
-                fused = _scattered(self._buffer, fused, *rows)
-            self._buffer, self._aligned = fused, state.length
-            return fused
-        columns = key.shape[2]
-        new = fused.unflatten(0, (key.shape[0], -1)).transpose(1, 2)
-        have = 0 if begin == 0 else self._end - self._first
-        if min(columns, state.length) > have + new.shape[2]:
-            expected = f"a cache of at most the last {have + new.shape[2]} keys (older aligned keys are gone)"
-            raise checks.wrong_value("key", expected, f"{columns} keys")
-        if self._buffer is None or begin == 0:
-            self._replace(new)
-        elif torch.is_grad_enabled() and (new.requires_grad or self._buffer.requires_grad):
-            self._replace(torch.cat((self._buffer[:, :, self._first : self._end], new), 2))
-        else:
-            self._extend(self._buffer, new, columns)
-        self._aligned = state.length
-        assert self._buffer is not None
-        if columns <= state.length:
-            return self._buffer[:, :, self._end - columns : self._end]
-        if self._first > 0 or self._buffer.shape[2] < columns:
-            kept = self._buffer[:, :, self._first : self._end]
-            self._buffer = torch.nn.functional.pad(kept, (0, 0, 0, columns - kept.shape[2]))
-            self._first, self._end = 0, kept.shape[2]
-        return self._buffer[:, :, :columns]
-
-    def _replace(self, keys: Tensor) -> None:
-        self._buffer, self._first, self._end = keys, 0, keys.shape[2]
-
-    def _extend(self, buffer: Tensor, new: Tensor, columns: int) -> None:
-        """Aligned keys of new tokens behind those kept: in place while there is room."""
-        if self._end + new.shape[2] > buffer.shape[2]:
-            kept = buffer[:, :, self._first : self._end]
-            if columns < self.state.length:  # of a sliding window only the last ones are needed again
-                kept = kept[:, :, max(kept.shape[2] - columns, 0) :]
-            total = kept.shape[2] + new.shape[2]
-            buffer = kept.new_zeros(*kept.shape[:2], max(columns, total + total // GROWTH), kept.shape[3])
-            buffer[:, :, : kept.shape[2]] = kept
-            self._buffer, self._first, self._end = buffer, 0, kept.shape[2]
-        buffer[:, :, self._end : self._end + new.shape[2]] = new
-        self._end += new.shape[2]
-
-    # Called by the state.
-
-    def _reorder(self, sequences: Tensor, rows: Tensor, length: int) -> None:
-        """`length`: tokens before the reordering."""
-        if self.state.packed:
-            if self._summed != length:  # between `append` and the aligner: not worth keeping
-                return self._forget()
-            self._summed = self.state.length
-            self._aligned = self._aligned and self.state.length
-        if self.gram is not None:
-            self.gram = self.gram.index_select(0, sequences)
-        self._before = deque(
-            ((end, None if gram is None else gram.index_select(0, sequences)) for end, gram in self._before),
-            maxlen=self._before.maxlen,
-        )
-        if self._buffer is not None:
-            self._buffer = self._buffer.index_select(0, rows)
-
-    def _crop(self, length: int) -> None:
-        if self._aligned > length:
-            self._end = max(self._end - (self._aligned - length), self._first)
-            self._aligned = length
-            if self._end == self._first:
-                self._buffer, self._aligned = None, 0
-        while self._summed > length:
-            self._summed, self.gram = self._before.pop() if self._before else (0, None)
-
-    def _forget(self) -> None:
-        self.gram, self._summed, self._buffer, self._aligned = None, 0, None, 0
-        self._before.clear()
-
-
 def layer_of(state: DecodeState | LayerState) -> LayerState:
     """``state[i]`` as it is; of a whole state, that of its only layer, 0."""
     if isinstance(state, LayerState):
@@ -527,33 +324,3 @@ def layer_of(state: DecodeState | LayerState) -> LayerState:
     if not isinstance(state, DecodeState):
         raise checks.wrong_type("state", "a DecodeState, or state[i] of one", state)
     return state[0]
-
-
-def _plus_outer(gram: Tensor, x: Tensor, y: Tensor, group: Tensor) -> Tensor:
-    """gram + xᵀy where each sequence has one new token: `segment_gram` in few small operations, because they are done
-    for every token and layer."""
-    real = (group >= 0)[:, None, None]  # padding may hold anything
-    x, y = (torch.where(real, t, 0).to(gram.dtype) for t in (x, y))
-    own = torch.nn.functional.one_hot(group.clamp(min=0) % gram.shape[1], gram.shape[1]).to(gram.dtype)
-    return gram + own[..., None, None, None] * (x[..., :, None] * y[..., None, :])[:, None]
-
-
-def _bounds_of(lengths: Tensor) -> Tensor:
-    """``[N]`` → ``[N + 1]``, int32."""
-    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
-
-
-def _merged(part: Tensor, whole: Tensor, end: int) -> Tensor:
-    """Where a part's tokens stand in the whole, int64: at the begin (0) or the end (1) of each document; both given
-    by their cu_seqlens. (Waits for a CUDA device.)"""
-    rows = torch.arange(int(part[-1]), device=part.device)
-    document = torch.searchsorted(part[1:], rows.int(), right=True)
-    return whole[document + end].long() + rows - part[document + end]
-
-
-def _scattered(old: Tensor, new: Tensor, old_rows: Tensor, new_rows: Tensor) -> Tensor:
-    """Two parts put together along axis 0; each row comes from one of them."""
-    source = torch.cat((old, new))
-    order = torch.empty_like(torch.cat((old_rows, new_rows)))
-    order[torch.cat((old_rows, new_rows))] = torch.arange(order.numel(), device=order.device)
-    return source.index_select(0, order)
