@@ -295,6 +295,7 @@ def test_training_with_a_cache_in_the_output(family: str) -> None:
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_compile(family: str) -> None:
     model, x = vlm.randomised(enable(vlm.make(family))), vlm.inputs(family)
@@ -306,6 +307,19 @@ def test_compile(family: str) -> None:
             torch.testing.assert_close(compiled(**x, **vlm.positions(x)).logits, expected, **EXACT)
     else:
         torch.testing.assert_close(logits(compiled, x), expected, **EXACT)
+
+
+def test_autocast() -> None:
+    model, x = vlm.randomised(enable(vlm.make("llava"))), vlm.inputs("llava")
+    expected = logits(model, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**x, labels=x["input_ids"]).loss
+        made = generate(model, x, do_sample=False)
+        low = logits(model, x)
+    loss.backward()
+    assert all(bool(p.grad.isfinite().all()) for n, p in model.named_parameters() if "moda_aligner" in n)
+    torch.testing.assert_close(low.float(), expected, rtol=0, atol=0.05)
+    assert made.sequences.shape[1] == x["input_ids"].shape[1] + NEW
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

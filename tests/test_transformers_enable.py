@@ -1,5 +1,6 @@
 """`enable` and what is around it: saving and loading, PEFT, other models, the authors' released weights, wrong use."""
 
+import copy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -45,6 +46,7 @@ for folder in Path(sys.argv[1]).iterdir():
 """
 
 
+@pytest.mark.slow
 def test_saved_loaded_in_a_new_process_and_enabled_again(tmp_path: Path) -> None:
     options: dict[str, dict[str, Any]] = {
         "llava": {"fusion": "concat"}, "gemma3": {"scope": "sequence"}, "qwen2_vl": {"layers": [1]},
@@ -77,6 +79,34 @@ def test_saved_with_other_options(tmp_path: Path, refused: Callable[..., None]) 
         loaded.config.moda = dict(model.config.moda)
     del loaded.config.moda
     assert float(aligners(enable(loaded))[next(n for n in state if "ratio" in n)].abs().max()) == 0
+
+
+def test_copied_and_pickled_models_are_enabled(tmp_path: Path) -> None:
+    model, x = vlm.randomised(enable(vlm.make("llava"))), vlm.inputs("llava")
+    expected = logits(model, x)
+    torch.save(model, tmp_path / "model.pt")
+    assert torch.equal(logits(torch.load(tmp_path / "model.pt", weights_only=False), x), expected)
+    copied = copy.deepcopy(model)
+    assert torch.equal(logits(copied, x), expected)
+    disable(copied)
+    assert not torch.allclose(logits(copied, x), expected, atol=1e-4)
+    assert torch.equal(logits(model, x), expected)
+
+
+@pytest.mark.parametrize("kind", ["LlavaModel", "LlamaModel"])
+def test_models_without_a_head(kind: str) -> None:
+    model = vlm.make("llava").model if kind == "LlavaModel" else vlm.llama().model
+    x = vlm.inputs("llava") if kind == "LlavaModel" else {"input_ids": torch.randint(20, 99, (1, 5))}
+    assert type(model).__name__ == kind
+    with torch.no_grad():
+        expected = model(**x).last_hidden_state
+        enable(model)
+        if kind == "LlavaModel":
+            real = x["attention_mask"] > 0
+            torch.testing.assert_close(model(**x).last_hidden_state[real], expected[real], rtol=0, atol=1e-5)
+        else:
+            with modality_ids(torch.tensor([[0, 1, 1, 0, 0]])):
+                torch.testing.assert_close(model(**x).last_hidden_state, expected, rtol=0, atol=1e-5)
 
 
 def test_a_disabled_model_is_saved_without(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ class _Remembers:
 
     def crop(self, tokens: int) -> None:
         super().crop(tokens)  # type: ignore[misc]
-        # Negative: so many are to go. Versions before 5.20 also take the number that stays.
+        # Negative: so many are to go. Older versions also take the number that stays.
         length = self.moda_state.length
         self.moda_state.crop(max(length + tokens, 0) if tokens <= 0 else tokens)
 
