@@ -22,7 +22,10 @@ class AttentionCall:
 
     Attributes:
         query, key, value: ``[B, H, L, D]``, packed ``[T, H, D]``; one dtype, one device. ``key`` is not aligned yet.
-        layout: of the keys. queries: where the queries stand among them.
+        layout: of the keys. queries: where the queries stand among them. (Of a sliding cache both are those of the
+            keys that it still holds, but `layout.counts` counts all tokens.)
+        key_map: apply it with `alignment.align_keys` (while decoding with the causal scope that returns keys aligned
+            before, a strided view), or fold a `ModalityMap` that is `foldable` into the query.
         scale: τ⁻¹.
         branch_weights: (self, cross), each a float or ``[Hq]``; used where ``split``.
     """
