@@ -245,6 +245,24 @@ def test_aligned_keys_are_kept_in_place() -> None:
     assert moves <= 5
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_modality_alone_keeps_its_keys(kind: str) -> None:
+    """Token by token; the other sequence has others from the start, and padding now and then."""
+    decoder = Decoder(kind)
+    decoder.step(torch.tensor([[0, 0], [0, 1]]))
+    for ids in ([0, 0], [0, -1], [-1, 2], [1, 0], [1, 0], [0, 1]):
+        decoder.step(torch.tensor(ids)[:, None])
+
+
+@pytest.mark.parametrize("scope", ["causal", "sequence"])
+def test_only_some_modalities_are_aligned(scope: str) -> None:
+    decoder = Decoder(scope)
+    decoder.aligner.aligned = (1,)
+    decoder.step(prompt())
+    for ids in ([0, 1], [1, 2], [2, 0]):
+        decoder.step(torch.tensor(ids)[:, None])
+
+
 def sliding(window: int) -> Callable[[int, int], int]:
     """Columns of a cache that holds the last window - 1 keys, and gives all at first."""
     return lambda length, new: min(length, window - 1 + new) if length > new else length
