@@ -6,6 +6,7 @@ from moda_kernels import mkl, reference
 from moda_kernels.alignment import DuplexAligner, align_keys, gram_affinity, modality_gram, released_key_map
 from moda_kernels.attention import moda_attention
 from moda_kernels.backends import use_backend
+from moda_kernels.decoding import DecodeState
 from moda_kernels.diagnostics import ModalDisparity, attention_share, modal_disparity, plot_attention_share
 from moda_kernels.keymap import KeyMap
 from moda_kernels.layout import ModalityLayout, segment_modalities
@@ -22,6 +23,7 @@ except PackageNotFoundError:  # used from a source tree
     __version__ = "0+source"
 
 __all__ = [
+    "DecodeState",
     "DuplexAligner",
     "KeyMap",
     "ModalDisparity",

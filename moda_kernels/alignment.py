@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from moda_kernels import checks, ops
 from moda_kernels.causal import CausalMap
-from moda_kernels.grouped import compute_dtype
-from moda_kernels.keymap import KeyMap, ModalityMap, fused_matrix, normed
+from moda_kernels.decoding import DecodeState, KeptKeys, LayerState, layer_of
+from moda_kernels.grouped import compute_dtype, released_unit
+from moda_kernels.keymap import KeyMap, ModalityMap, fused_matrix, normed, sum_of_others
 from moda_kernels.layout import ModalityLayout, segment_modalities
 
 FUSIONS = ("add", "linear", "concat")
@@ -120,16 +121,33 @@ class DuplexAligner(nn.Module):
             identity = torch.eye(self.head_dim, self.weight.shape[-1])
             self.weight.copy_(identity.expand_as(self.weight))
 
-    def forward(self, key: Tensor, layout: ModalityLayout | Tensor) -> KeyMap:
+    def forward(
+        self,
+        key: Tensor,
+        layout: ModalityLayout | Tensor | None = None,
+        *,
+        state: DecodeState | LayerState | None = None,
+    ) -> KeyMap:
         """The map for these keys.
 
         Args:
             key: ``[B, Hkv, L, D]``, packed ``[T, Hkv, D]``, after rotary embedding, any float dtype.
             layout: their layout (or modality ids ``[B, L]``).
+            state: while decoding, ``state[i]`` of layer i in place of a layout (a whole :class:`DecodeState` stands
+                for its layer 0). ``key`` is then what the cache holds, not aligned; only new tokens' keys are read.
 
         Returns:
             A :class:`KeyMap`, differentiable in key and the parameters.
+
+        Raises:
+            ValueError, TypeError: keys, layout or state that don't fit each other or the aligner; a second call for the
+                same tokens of a state; a cache that no longer holds keys that sums are to be made of.
         """
+        memory = None if state is None else layer_of(state)
+        if memory is not None:
+            layout = memory.layout_for(key, layout)
+        elif layout is None:
+            raise checks.wrong_value("layout", "a ModalityLayout, modality ids, or state", None)
         layout = as_layout(layout, self.num_modalities)
         if layout.num_modalities != self.num_modalities:
             raise checks.wrong_value(
@@ -140,20 +158,67 @@ class DuplexAligner(nn.Module):
             raise checks.wrong_value("key", f"head size {self.head_dim}, as the aligner", key)
         for name, parameter in self.named_parameters():
             checks.same_device(f"the aligner's {name}", parameter, key.device, "key")
+        if memory is not None:
+            return self._decode(key, layout, memory)
         if self.scope == "causal":
-            return CausalMap(tokens, layout, self.ratio, self.weight, self.fusion, self.norm, self.aligned)
-        return self._sequence_map(tokens, layout)
+            return self._causal_map(tokens, layout)
+        gram = ops.segment_gram(tokens, tokens, layout.grouping("modality"))
+        return self._sequence_map(gram.unflatten(0, tuple(layout.counts.shape)), layout)
 
-    def _sequence_map(self, tokens: Tensor, layout: ModalityLayout) -> ModalityMap:
-        dtype = compute_dtype(tokens)
-        sequences, modalities = layout.counts.shape
+    def _decode(self, key: Tensor, layout: ModalityLayout, memory: LayerState) -> KeyMap:
+        """The map from what is remembered and the new keys."""
+        causal, m = self.scope == "causal", self.num_modalities
+        begin, end = memory.begin(causal)
+        new, part = memory.new_tokens("key", key, begin, end)
+        if causal and end < memory.state.length:  # cropped: these are aligned already
+            memory.add(new, new, part.groups("modality"), m, end)
+            begin, end = memory.begin(causal)
+            new, part = memory.new_tokens("key", key, begin, end)
+        if not causal:
+            return self._sequence_map(memory.add(new, new, part.groups("modality"), m, end), layout)
+        before, counts = memory.gram, layout.counts - part.counts
+        if before is not None and not part.packed and end - begin == 1:
+            fused = self._align_one(new, part, before, counts)
+        else:
+            fused = self._causal_map(new, part, before, counts).align(new, part)
+        kept = memory.keep(fused, begin, key)
+        memory.add(new, new, part.groups("modality"), m, end)
+        return KeptKeys(kept, layout)
+
+    def _causal_map(
+        self, tokens: Tensor, layout: ModalityLayout, before: Tensor | None = None, counts: Tensor | None = None
+    ) -> CausalMap:
+        return CausalMap(
+            tokens, layout, self.ratio, self.weight, self.fusion, self.norm, self.aligned,
+            before=before, before_counts=counts,
+        )  # fmt: skip
+
+    def _align_one(self, tokens: Tensor, layout: ModalityLayout, before: Tensor, counts: Tensor) -> Tensor:
+        """The causal map of one new token per sequence ``[B, Hkv, D]``, applied: in few small operations, because they
+        are done for every token and layer."""
+
+        def facts() -> tuple[Tensor, Tensor, Tensor]:
+            modality = layout.modality[:, 0].long().clamp(min=0)
+            rows = torch.arange(modality.numel(), device=modality.device)
+            aligned = layout.chosen(self.aligned)
+            alone = counts.sum(1) == counts[rows, modality]
+            return rows, modality, (layout.modality[:, 0] >= 0) & aligned[modality] & ~alone
+
+        rows, modality, mapped = layout.remember(("one token", self.aligned), facts)
         with torch.autocast(tokens.device.type, enabled=False):
-            gram = ops.segment_gram(tokens, tokens, layout.grouping("modality"))
-            rest = _sum_of_others(gram.unflatten(0, (sequences, modalities)))
-            ratio, weight = (None if p is None else p.to(dtype) for p in (self.ratio, self.weight))
-            matrix = fused_matrix(normed(rest, self.norm), ratio, weight, self.fusion)
+            rest = normed(sum_of_others(before)[rows, modality], self.norm)
+            ratio, weight = (None if p is None else p.to(before.dtype)[modality] for p in (self.ratio, self.weight))
+            matrix = fused_matrix(rest, ratio, weight, self.fusion)
+            fused = (tokens.to(before.dtype)[:, :, None] @ matrix)[:, :, 0].to(tokens.dtype)
+        return torch.where(mapped[:, None, None], fused, tokens)
+
+    def _sequence_map(self, gram: Tensor, layout: ModalityLayout) -> ModalityMap:
+        """The map from Gram sums ``[N, M, Hkv, D, D]`` over whole sequences."""
+        with torch.autocast(gram.device.type, enabled=False):
+            ratio, weight = (None if p is None else p.to(gram.dtype) for p in (self.ratio, self.weight))
+            matrix = fused_matrix(normed(sum_of_others(gram), self.norm), ratio, weight, self.fusion)
         mapped = (layout.counts.sum(1, keepdim=True) > layout.counts) & layout.chosen(self.aligned)
-        identity = torch.eye(self.head_dim, dtype=dtype, device=tokens.device)
+        identity = torch.eye(self.head_dim, dtype=gram.dtype, device=gram.device)
         return ModalityMap(torch.where(mapped[..., None, None, None], matrix, identity), mapped, None, layout)
 
     def extra_repr(self) -> str:
@@ -161,17 +226,6 @@ class DuplexAligner(nn.Module):
             f"head_dim={self.head_dim}, num_modalities={self.num_modalities}, fusion={self.fusion!r}, "
             f"norm={self.norm!r}, scope={self.scope!r}, aligned={self.aligned}"
         )
-
-
-def _sum_of_others(gram: Tensor) -> Tensor:
-    """Per modality the sum of the other modalities' ``[N, M, …]``. Total minus own would lose digits, which the norm
-    then amplifies."""
-    parts = gram.unbind(1)
-    before, after = [torch.zeros_like(parts[0])], [torch.zeros_like(parts[0])]
-    for part, other in zip(parts[:-1], parts[:0:-1], strict=True):
-        before.append(before[-1] + part)
-        after.append(after[-1] + other)
-    return torch.stack([a + b for a, b in zip(before, reversed(after), strict=True)], 1)
 
 
 def align_keys(key: Tensor, key_map: KeyMap, layout: ModalityLayout | Tensor) -> Tensor:
@@ -193,18 +247,21 @@ def align_keys(key: Tensor, key_map: KeyMap, layout: ModalityLayout | Tensor) ->
     layout = as_layout(layout, key_map.num_modalities)
     tokens = token_major("key", key, layout)
     key_map.check(layout, *tokens.shape[-2:])
+    if isinstance(key_map, KeptKeys):
+        return key_map.keys.to(key.dtype)
     return from_tokens(key_map.align(tokens, layout), layout)
 
 
 def released_key_map(
     key: Tensor,
     value: Tensor,
-    layout: ModalityLayout | Tensor,
+    layout: ModalityLayout | Tensor | None,
     ratio: Tensor,
     weight: Tensor,
     *,
     vision: int = 1,
     text: int = 0,
+    state: DecodeState | LayerState | None = None,
 ) -> KeyMap:
     """The alignment of the authors' released weights (spec: "Release variant"): vision keys only, through the text's
     normed Gram of unit keys against *values*; k' = (k + r ⊙ (u Ĝ)) Wᵀ.
@@ -214,10 +271,16 @@ def released_key_map(
         layout: their layout (or modality ids ``[B, L]``).
         ratio: the release's ``ratio_v``, ``[D]`` or ``[1, 1, D]``. weight: its ``pfuser_v``, ``[D, D]``.
         vision, text: the two modalities.
+        state: while decoding, as in :meth:`DuplexAligner.forward`; ``layout`` may then be None.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices other than these.
+        ValueError, TypeError: shapes, dtypes or devices other than these; with ``state`` as the aligner.
     """
+    memory = None if state is None else layer_of(state)
+    if memory is not None:
+        layout = memory.layout_for(key, layout)
+    elif layout is None:
+        raise checks.wrong_value("layout", "a ModalityLayout, modality ids, or state", None)
     layout = as_layout(layout)
     keys, values = token_major("key", key, layout), token_major("value", value, layout)
     checks.shape("value", values, keys.shape, "of key (tokens, heads, head size)")
@@ -231,13 +294,22 @@ def released_key_map(
         raise checks.wrong_value("ratio", f"[D] = ({dim},) or [1, 1, D]", ratio)
     checks.shape("weight", checks.float_tensor("weight", weight), (dim, dim), "[D, D]")
     for name, parameter in (("ratio", ratio), ("weight", weight)):
-        checks.same_device(name, parameter, keys.device, "key")
+        checks.same_device(name, parameter, key.device, "key")
 
-    dtype = compute_dtype(keys, values)
-    identity = torch.eye(dim, dtype=dtype, device=keys.device)
+    dtype = compute_dtype(key, value)
+    identity = torch.eye(dim, dtype=dtype, device=key.device)
     of_vision = layout.chosen((vision,))
-    with torch.autocast(keys.device.type, enabled=False):
-        gram = ops.segment_gram(keys, values, _text_grouping(layout, text), unit=True)
+    with torch.autocast(key.device.type, enabled=False):
+        if memory is None:
+            gram = ops.segment_gram(keys, values, _text_grouping(layout, text), unit=True)
+        else:
+            begin, end = memory.begin(causal=False)
+            new_values, _ = memory.new_tokens("value", value, begin, end)
+            new_keys, summed = memory.new_tokens("key", key, begin, end)
+            # Padding may hold anything.
+            wide = torch.where((summed.modality.flatten() >= 0)[:, None, None], new_keys.to(dtype), 0)
+            text_group = torch.where(summed.modality.flatten() == text, summed.sequence.flatten().long(), -1)
+            gram = memory.add(released_unit(wide), new_values.to(dtype), text_group, 1, end)[:, 0]
         turned = weight.to(dtype).T
         unit = (normed(gram.to(dtype), "row") * ratio.to(dtype).flatten()) @ turned
     # A layout without the modality `text` has no text tokens: nothing is mapped.

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from moda_kernels import backends
 from moda_kernels.call import AttentionCall
+from moda_kernels.decoding import DecodeState, LayerState
 from moda_kernels.keymap import KeyMap
 from moda_kernels.layout import ModalityLayout
 from moda_kernels.mask import ModularMask
@@ -35,6 +36,7 @@ def moda_attention(
     branch_weights: tuple[Weight, Weight] | None = None,
     query_start: int | Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
+    state: DecodeState | LayerState | None = None,
     return_lse: Literal[False] = False,
     backend: str | None = None,
 ) -> Tensor: ...
@@ -60,6 +62,7 @@ def moda_attention(
     branch_weights: tuple[Weight, Weight] | None = None,
     query_start: int | Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
+    state: DecodeState | LayerState | None = None,
     return_lse: Literal[True],
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
@@ -84,6 +87,7 @@ def moda_attention(
     branch_weights: tuple[Weight, Weight] | None = None,
     query_start: int | Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
+    state: DecodeState | LayerState | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -119,6 +123,8 @@ def moda_attention(
             ``[N]``. Default: the queries are the last columns.
         cu_seqlens_q: packed layouts with fewer queries than keys: int32 ``[N + 1]``, each document's query rows, which
             are its last tokens.
+        state: while decoding, a :class:`DecodeState` (or one of its layers) in place of ``layout``, ``query_start`` and
+            ``cu_seqlens_q``: key and value are the cache's, the queries the newest tokens.
         return_lse: also return the log of the softmax sums (natural log, pseudo scores included, differentiable).
         backend: a backend's name, or "auto". Default: see :func:`use_backend`.
 
@@ -132,7 +138,7 @@ def moda_attention(
             ``return_lse`` without a layout.
         NotImplementedError: a combination that no backend (or not the one named) can run, with every reason.
     """
-    modal = (mask, key_map, pair_bias, pseudo, branch_weights, query_start, cu_seqlens_q)
+    modal = (mask, key_map, pair_bias, pseudo, branch_weights, query_start, cu_seqlens_q, state)
     if layout is None and not return_lse and duplex == "joint" and all(argument is None for argument in modal):
         if backend is not None:
             backends.named_backend(backend)
@@ -157,6 +163,7 @@ def moda_attention(
         branch_weights=branch_weights,
         query_start=query_start,
         cu_seqlens_q=cu_seqlens_q,
+        state=state,
     )
     out, lse = backends.choose(call, backend).attend(call)
     return (call.poisoned(out), call.poisoned(lse)) if return_lse else call.poisoned(out)

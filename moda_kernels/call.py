@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moda_kernels import checks
 from moda_kernels.alignment import as_layout
+from moda_kernels.decoding import DecodeState, LayerState, layer_of
 from moda_kernels.keymap import KeyMap
 from moda_kernels.layout import ModalityLayout, QueryRows
 from moda_kernels.mask import ModularMask
@@ -21,7 +22,10 @@ class AttentionCall:
 
     Attributes:
         query, key, value: ``[B, H, L, D]``, packed ``[T, H, D]``; one dtype, one device. ``key`` is not aligned yet.
-        layout: of the keys. queries: where the queries stand among them.
+        layout: of the keys. queries: where the queries stand among them. (Of a sliding cache both are those of the
+            keys that it still holds, but `layout.counts` counts all tokens.)
+        key_map: apply it with `alignment.align_keys` (while decoding with the causal scope that returns keys aligned
+            before, a strided view), or fold a `ModalityMap` that is `foldable` into the query.
         scale: τ⁻¹.
         branch_weights: (self, cross), each a float or ``[Hq]``; used where ``split``.
     """
@@ -69,8 +73,15 @@ class AttentionCall:
         branch_weights: tuple[float | Tensor, float | Tensor] | None = None,
         query_start: int | Tensor | None = None,
         cu_seqlens_q: Tensor | None = None,
+        state: DecodeState | LayerState | None = None,
     ) -> "AttentionCall":
         """Check the arguments of `moda_attention` (which documents them) before any work."""
+        if state is not None:
+            if query_start is not None or cu_seqlens_q is not None:
+                name = "query_start" if query_start is not None else "cu_seqlens_q"
+                raise checks.wrong_value(name, "None together with state, which knows it", query_start or cu_seqlens_q)
+            place = layer_of(state).state.place(query, key, mask, is_causal, layout)
+            layout, query_start, cu_seqlens_q = place
         if layout is None:
             raise checks.wrong_value(
                 "layout", "a ModalityLayout or modality ids for a call with modality arguments", None

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moda_kernels import ops
 from moda_kernels.grouped import compute_dtype
-from moda_kernels.keymap import KeyMap, fused_matrix, normed
+from moda_kernels.keymap import KeyMap, fused_matrix, normed, sum_of_others
 from moda_kernels.layout import ModalityLayout
 
 #: All segments at once while their matrices hold at most this many times the keys' numbers, …
@@ -35,6 +35,8 @@ class CausalMap(KeyMap):
         layout: their layout.
         ratio, weight, fusion, norm, aligned: the aligner's.
         chunk: segments per chunk. Default: all at once where that is small.
+        before: Gram sums ``[N, M, Hkv, D, D]`` over tokens that stand before these (while decoding), and before_counts
+            ``[N, M]``, how many they are.
     """
 
     source: Tensor
@@ -45,6 +47,8 @@ class CausalMap(KeyMap):
     norm: str
     aligned: tuple[int, ...]
     chunk: int | None = None
+    before: Tensor | None = None
+    before_counts: Tensor | None = None
 
     @property
     def num_heads(self) -> int:  # type: ignore[override]
@@ -182,6 +186,8 @@ class CausalMap(KeyMap):
         carried = others & (sequence == running_sequence)[:, None]
         rest = _weighted_sum(torch.cat((carried, earlier), 1), torch.cat((running, gram)))
 
+        if self.before is not None:
+            rest = rest + sum_of_others(self.before)[sequence.long(), modality.long()]
         mapped = self._mapped(table)
         ratio, weight = (None if p is None else p.to(gram.dtype)[modality.long()] for p in (self.ratio, self.weight))
         matrix = fused_matrix(normed(rest, self.norm), ratio, weight, self.fusion)
@@ -194,6 +200,8 @@ class CausalMap(KeyMap):
         sequence, start, length, modality = table.long().unbind(1)
         others = torch.arange(layout.num_modalities, device=table.device)[None, :] != modality[:, None]
         counts = layout.prefix[start] - layout.prefix[layout.cu_seqlens[sequence].long()]
+        if self.before_counts is not None:
+            counts = counts + self.before_counts[sequence]
         return (length > 0) & ((counts * others).sum(1) > 0) & layout.chosen(self.aligned)[modality]
 
 

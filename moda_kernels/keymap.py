@@ -24,6 +24,17 @@ def normed(gram: Tensor, norm: str) -> Tensor:
     return torch.where(square > 0, scaled * torch.where(square > 0, square, 1).rsqrt(), 0)
 
 
+def sum_of_others(gram: Tensor) -> Tensor:
+    """R ``[N, M, …]`` from G ``[N, M, …]``: for each modality the sum over the others. (Total minus own would lose
+    digits, which the norm then amplifies.)"""
+    parts = gram.unbind(1)
+    before, after = [torch.zeros_like(parts[0])], [torch.zeros_like(parts[0])]
+    for part, other in zip(parts[:-1], parts[:0:-1], strict=True):
+        before.append(before[-1] + part)
+        after.append(after[-1] + other)
+    return torch.stack([a + b for a, b in zip(before, reversed(after), strict=True)], 1)
+
+
 def fused_matrix(rest: Tensor, ratio: Tensor | None, weight: Tensor | None, fusion: str) -> Tensor:
     """A of k' = k A from the normed rest R̂.
 

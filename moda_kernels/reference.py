@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moda_kernels import alignment
+from moda_kernels import alignment, checks
 from moda_kernels.call import AttentionCall
+from moda_kernels.decoding import DecodeState, LayerState, layer_of
 from moda_kernels.grouped import compute_dtype
 from moda_kernels.keymap import KeyMap, ModalityMap
 from moda_kernels.layout import ModalityLayout
@@ -117,8 +118,22 @@ def _norm(gram: Tensor, norm: str) -> Tensor:
 class DuplexAligner(alignment.DuplexAligner):
     """The aligner of the package, its fused keys computed token by token from Eq. 5-6."""
 
-    def forward(self, key: Tensor, layout: ModalityLayout | Tensor) -> KeyMap:
-        """A map that is applied by :meth:`fused_keys`."""
+    def forward(
+        self,
+        key: Tensor,
+        layout: ModalityLayout | Tensor | None = None,
+        *,
+        state: DecodeState | LayerState | None = None,
+    ) -> KeyMap:
+        """A map that is applied by :meth:`fused_keys`; with a state made anew from all keys, which the cache has to
+        hold."""
+        if state is not None:
+            memory = layer_of(state)
+            layout = memory.layout_for(key, layout)
+            if layout.modality.shape[-1] < memory.state.length:
+                raise checks.wrong_value("key", f"the keys of all {memory.state.length} tokens", key)
+        elif layout is None:
+            raise checks.wrong_value("layout", "a ModalityLayout, modality ids, or state", None)
         layout = alignment.as_layout(layout, self.num_modalities)
         return _TokenMap(self, alignment.to_tokens("key", key, layout), layout)
 

@@ -6,6 +6,7 @@ sequence, those decide every pair of tiles exactly (the one exception, "is any k
 columns overlap, is decided by looking at the pair's tokens). The native extension does the same on CPU and CUDA.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,7 +182,9 @@ def tile_lists_torch(
 
 
 def _tile_lists(modality: Tensor, *arguments: Any) -> list[Tensor]:
-    make = native.tile_lists if native.runs_on(modality.device) else tile_lists_torch
+    make: Callable[..., tuple[Tensor, ...]] = tile_lists_torch
+    if native.runs_on(modality.device):
+        make = native.tile_lists
     *before, shapes = arguments
     return [t.contiguous() for t in make(modality, *before, tuple(shapes))]
 

@@ -345,9 +345,9 @@ def test_few_passes_where_rules_allow() -> None:
 
 
 def small(length: int = 40, dtype: torch.dtype = torch.float32) -> tuple[mk.ModalityLayout, list[Tensor]]:
-    ids = (torch.arange(length) // 7 % 2).expand(2, -1).to(DEVICE)
-    layout = mk.segment_modalities(ids, num_modalities=2, max_segments=2 * (length // 7 + 1))
-    tensors = [torch.randn(2, h, length, 16, device=DEVICE, dtype=dtype, requires_grad=True) for h in (4, 2, 2)]
+    ids = (torch.arange(length) // 7 % 2)[None].to(DEVICE)
+    layout = mk.segment_modalities(ids, num_modalities=2, max_segments=length // 7 + 1)
+    tensors = [torch.randn(1, h, length, 16, device=DEVICE, dtype=dtype, requires_grad=True) for h in (2, 1, 1)]
     return layout, tensors
 
 
@@ -365,11 +365,11 @@ def loss(q: Tensor, k: Tensor, v: Tensor, layout: mk.ModalityLayout, base: Tenso
 def test_compiles_whole_and_once(scope: str | None, dynamic: bool | None, always_fold: None) -> None:
     torch._dynamo.reset()
     aligner = None if scope is None else mk.DuplexAligner(16, 2, scope=scope, device=DEVICE)
-    base = torch.zeros(4, device=DEVICE, requires_grad=True)
+    base = torch.zeros(2, device=DEVICE, requires_grad=True)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     counter = torch._dynamo.utils.counters["stats"]
     graphs = []
-    for length in (70, 85, 99, 130, 131):
+    for length in (66, 71, 80, 92):
         layout, tensors = small(length)
         for run, result in ((compiled, []), (loss, [])):
             value = run(*tensors, layout, base, aligner)
@@ -397,12 +397,12 @@ def test_compiles_with_segmentation_inside() -> None:
 
 def test_func_grad_and_vmap() -> None:
     layout, (q, k, v) = (x if isinstance(x, mk.ModalityLayout) else [t.detach() for t in x] for x in small(20))
-    base = torch.zeros(4, device=DEVICE)
+    base = torch.zeros(2, device=DEVICE)
     grads = torch.func.grad(loss, argnums=(0, 1, 2, 4))(q, k, v, layout, base)
     leaves = [t.clone().requires_grad_() for t in (q, k, v, base)]
     expected = torch.autograd.grad(loss(*leaves[:3], layout, leaves[3]), leaves)
     torch.testing.assert_close(grads, expected)
-    queries = torch.stack((q, 2 * q, -q))
+    queries = torch.stack((q, -q))
     per_query = torch.func.vmap(torch.func.grad(loss), in_dims=(0, None, None, None, None))(queries, k, v, layout, base)
     one_by_one = torch.stack([torch.func.grad(loss)(x, k, v, layout, base) for x in queries])
     torch.testing.assert_close(per_query, one_by_one)
@@ -410,7 +410,7 @@ def test_func_grad_and_vmap() -> None:
 
 def test_no_second_derivative() -> None:
     layout, (q, k, v) = small(20)
-    base = torch.zeros(4, device=DEVICE)
+    base = torch.zeros(2, device=DEVICE)
     (dq,) = torch.autograd.grad(loss(q, k, v, layout, base), q, create_graph=True)
     with pytest.raises(NotImplementedError, match="no second derivative"):
         torch.autograd.grad(dq.sum(), k)
@@ -418,7 +418,7 @@ def test_no_second_derivative() -> None:
 
 def test_checkpointing_and_autocast() -> None:
     layout, (q, k, v) = small(20)
-    base = torch.zeros(4, device=DEVICE)
+    base = torch.zeros(2, device=DEVICE)
     expected = torch.autograd.grad(loss(q, k, v, layout, base), (q, k, v))
     again = torch.autograd.grad(checkpoint(loss, q, k, v, layout, base, use_reentrant=False), (q, k, v))
     torch.testing.assert_close(again, expected)
@@ -431,8 +431,8 @@ def test_checkpointing_and_autocast() -> None:
 
 
 def test_deterministic() -> None:
-    layout, (q, k, v) = small(70)
-    base = torch.zeros(4, device=DEVICE)
+    layout, (q, k, v) = small(40)
+    base = torch.zeros(2, device=DEVICE)
     torch.use_deterministic_algorithms(True)
     try:
         first, second = (torch.autograd.grad(loss(q, k, v, layout, base), (q, k, v)) for _ in range(2))

@@ -191,7 +191,7 @@ class ModaAttention(torch.autograd.Function):
             ddecay = per_head[..., 2].sum(1)
         if weights is not None and needed[7]:
             dweights = per_head[..., 0].T.contiguous()
-        grads = (dq, dk, dv, dmatrix, dbias, dbase, ddecay, dweights)
+        grads: tuple[Tensor | None, ...] = (dq, dk, dv, dmatrix, dbias, dbase, ddecay, dweights)
         if torch.is_grad_enabled():
             of = [t for t in (dout, dlse, query, key, value, matrix, bias, base, decay, weights) if t is not None]
             witness = torch.cat([t.reshape(-1)[:0].float() for t in of])

@@ -52,7 +52,8 @@ def why_not_on(device: torch.device) -> str | None:
         return None if device.type == "cpu" else f"in Triton's interpreter tensors must be on the CPU, not {device}"
     if device.type != "cuda":
         return f"it runs on CUDA devices, the tensors are on {device}"
-    return _why_not_on_gpu(torch.cuda.current_device() if device.index is None else device.index)
+    reason: str | None = _why_not_on_gpu(torch.cuda.current_device() if device.index is None else device.index)
+    return reason
 
 
 @functools.cache

@@ -61,7 +61,7 @@ def forward(
     heads = q.shape[1]
     attention_forward[(tiles * heads,)](
         p_q=q, p_k=k, p_v=v, p_out=out, p_parts=parts, p_lse=lse,
-        p_matrix=_like(matrix, q), p_bias=bias, p_base=base, p_decay=decay, p_weights=weights, p_count=count,
+        **_matrices(matrix, q), p_bias=bias, p_base=base, p_decay=decay, p_weights=weights, p_count=count,
         p_fault=fault, **_facts(facts), **_lists(lists, passes, query.device),
         **_strides("q", q), **_strides("k", k), **_strides("v", v), **_strides("o", out),
         s_pr=parts.stride(0), **_lse_strides("l", lse, q, with_rows=False),
@@ -223,8 +223,12 @@ def _with_positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:
     return (-query, -scale) if scale < 0 else (query * 0, 1.0)
 
 
-def _like(matrix: Tensor | None, query: Tensor) -> Tensor | None:
-    return None if matrix is None else matrix.to(query.dtype).contiguous()
+def _matrices(matrix: Tensor | None, query: Tensor) -> dict[str, Tensor | None]:
+    """The key map's matrices in the query's dtype, and what that rounding left over."""
+    if matrix is None or query.dtype == torch.float32:
+        return {"p_matrix": None if matrix is None else matrix.contiguous(), "p_matrix_rest": None}
+    rounded = matrix.to(query.dtype).contiguous()
+    return {"p_matrix": rounded, "p_matrix_rest": (matrix - rounded).to(query.dtype).contiguous()}
 
 
 def _length(x: Tensor) -> int:

@@ -36,7 +36,8 @@ STACK = {
 }  # fmt: skip
 
 #: Pointers to numbers of the inputs' type; other floats are float32, all else int32.
-_INPUTS = ("p_q", "p_k", "p_v", "p_out", "p_parts", "p_dout", "p_dq", "p_dk", "p_dv", "p_matrix")
+_INPUTS = ("p_q", "p_k", "p_v", "p_out", "p_parts", "p_dout", "p_dq", "p_dk", "p_dv", "p_matrix",
+           "p_matrix_rest")  # fmt: skip
 _FLOATS = ("p_lse", "p_dlse", "p_bias", "p_base", "p_decay", "p_weights", "p_delta", "p_limit", "p_sums", "p_dbias")
 #: Arguments that a feature brings; without it they are None.
 _FEATURES = {
@@ -45,7 +46,7 @@ _FEATURES = {
     "split": ("p_weights",),
     "mask": ("p_mask",),
     "fault": ("p_fault",),
-    "map": ("p_matrix",),
+    "map": ("p_matrix", "p_matrix_rest"),
 }
 
 

@@ -79,7 +79,7 @@ def _walk(
 @triton.jit
 def _pass(
     b_acc, b_max, b_sum, b_query, i_pass, i_batch, i_head, i_group, i_tile, p_k, p_v,
-    p_matrix, p_bias, p_mask, p_limits, p_keys, p_row_modality, p_lists, p_counts, p_modalities,
+    p_matrix, p_matrix_rest, p_bias, p_mask, p_limits, p_keys, p_row_modality, p_lists, p_counts, p_modalities,
     begin, end, row, rows, o_q, all_rows, all_keys, tiles, width, modalities, key_heads, scale,
     s_kt, s_vt, s_bn, s_bh, s_ba, s_bb, s_mq, s_mk,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -91,7 +91,12 @@ def _pass(
     if p_matrix is not None:
         i_matrix = ((i_batch * modalities + i_modality) * key_heads + i_group) * D * D
         b_turn = load_square(p_matrix + i_matrix, True, D, BLOCK_D)
-        b_q = tl.dot(b_query, b_turn, input_precision=PRECISION).to(b_query.dtype)
+        b_turned = tl.dot(b_query, b_turn, input_precision=PRECISION)
+        if p_matrix_rest is not None:
+            # What rounding the matrix left over: the backward, with fused keys, has to meet the same scores again.
+            b_rest = load_square(p_matrix_rest + i_matrix, True, D, BLOCK_D)
+            b_turned = tl.dot(b_query, b_rest, b_turned, input_precision=PRECISION)
+        b_q = b_turned.to(b_query.dtype)
     if p_bias is not None:
         o_row = tl.arange(0, BLOCK_Q)
         b_modality = tl.load(p_row_modality + row + o_row, mask=o_row < rows, other=-1)
@@ -122,7 +127,7 @@ def _pass(
                                "all_rows", "all_keys"])  # fmt: skip
 def attention_forward(
     p_q, p_k, p_v, p_out, p_parts, p_lse,
-    p_matrix, p_bias, p_base, p_decay, p_weights, p_mask, p_count, p_fault,
+    p_matrix, p_matrix_rest, p_bias, p_base, p_decay, p_weights, p_mask, p_count, p_fault,
     p_limits, p_keys, p_row_modality, p_cu_k, p_tiles, p_order, p_lists, p_counts, p_modalities,
     s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_ob, s_oh, s_ot, s_pr, s_lr, s_lb, s_lh,
     s_bn, s_bh, s_ba, s_bb, s_mb, s_mh, s_mq, s_mk, s_cr,
@@ -166,8 +171,8 @@ def attention_forward(
             ):  # fmt: skip
                 b_acc, b_max, b_sum = _pass(
                     b_acc, b_max, b_sum, b_query, i_pass, i_batch, i_head, i_group, i_tile, p_k, p_v,
-                    p_matrix, p_bias, p_mask, p_limits, p_keys, p_row_modality, p_lists, p_counts, p_modalities,
-                    begin, end, row, rows, o_q, all_rows, all_keys, tiles, width, modalities, query_heads // group,
+                    p_matrix, p_matrix_rest, p_bias, p_mask, p_limits, p_keys, p_row_modality, p_lists, p_counts,
+                    p_modalities, begin, end, row, rows, o_q, all_rows, all_keys, tiles, width, modalities, query_heads // group,
                     scale,
                     s_kt, s_vt, s_bn, s_bh, s_ba, s_bb, s_mq, s_mk,
                     D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, MASK, PRECISION,
@@ -178,8 +183,8 @@ def attention_forward(
             for i_pass in range(pass_from, pass_to):
                 b_acc, b_max, b_sum = _pass(
                     b_acc, b_max, b_sum, b_query, i_pass, i_batch, i_head, i_group, i_tile, p_k, p_v,
-                    p_matrix, p_bias, p_mask, p_limits, p_keys, p_row_modality, p_lists, p_counts, p_modalities,
-                    begin, end, row, rows, o_q, all_rows, all_keys, tiles, width, modalities, query_heads // group,
+                    p_matrix, p_matrix_rest, p_bias, p_mask, p_limits, p_keys, p_row_modality, p_lists, p_counts,
+                    p_modalities, begin, end, row, rows, o_q, all_rows, all_keys, tiles, width, modalities, query_heads // group,
                     scale,
                     s_kt, s_vt, s_bn, s_bh, s_ba, s_bb, s_mq, s_mk,
                     D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, MASK, PRECISION,

@@ -1,0 +1,279 @@
+"""What transformers calls: an attention function and a mask function of one name, and the hooks that bring them the
+modalities.
+
+The hooks put a `Tokens` object among the arguments of the text model, which hands it on to every attention layer (also
+to those that gradient checkpointing runs again). Padding is in its layout, so the mask function passes the 2-D padding
+mask through and no mask of queries × keys is ever made.
+"""
+
+import inspect
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moda_kernels import checks
+from moda_kernels.alignment import released_key_map
+from moda_kernels.attention import moda_attention
+from moda_kernels.decoding import DecodeState, LayerState
+from moda_kernels.integrations.transformers import cache as caches
+from moda_kernels.integrations.transformers import ids as modalities
+from moda_kernels.keymap import KeyMap
+from moda_kernels.layout import ModalityLayout, segment_modalities
+from moda_kernels.mask import ModularMask
+from moda_kernels.pseudo import PseudoAttention
+
+#: Under which both functions are registered.
+NAME = "moda"
+#: Where an attention layer keeps its aligner (a module: `state_dict`, optimisers and PEFT see it) and its settings.
+ALIGNER, SETTINGS = "moda_aligner", "moda_settings"
+#: The argument that carries `Tokens` to the layers.
+ARGUMENT = "moda_tokens"
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """On the text model and on the model around it, which sees ``input_ids``."""
+
+    family: modalities.Family
+    num_modalities: int
+    config: Any
+
+
+@dataclass(frozen=True)
+class LayerSettings:
+    """On each attention layer of the text model.
+
+    Attributes:
+        mask: before the layer's own sliding window is added.
+    """
+
+    mask: ModularMask
+    pseudo: PseudoAttention | None
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """What the tokens of one forward call are: a layout, or with a cache its state."""
+
+    layout: ModalityLayout | None
+    state: DecodeState | None
+
+
+class ReleasedAligner(nn.Module):
+    """The alignment of the authors' released weights: ``ratio`` is their ratio_v ``[D]``, ``weight`` their pfuser_v
+    ``[D, D]``. Fresh ones change nothing."""
+
+    def __init__(self, head_dim: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.ratio = nn.Parameter(torch.zeros(head_dim, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.eye(head_dim, device=device, dtype=dtype))
+
+    def forward(
+        self, key: Tensor, layout: ModalityLayout | None = None, *, value: Tensor, state: LayerState | None = None
+    ) -> KeyMap:
+        return released_key_map(key, value, layout, self.ratio, self.weight, state=state)
+
+
+def register() -> None:
+    """Make both functions known to transformers."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, padding_mask)
+
+
+def padding_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """The mask function: the 2-D padding mask as it is. (The modular mask is made of rules, by layer.)"""
+    return attention_mask
+
+
+@torch.compiler.disable
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """The attention function of an enabled model.
+
+    Args:
+        module: the attention layer, prepared by `enable`.
+        query: ``[B, Hq, n, D]``. key, value: ``[B, Hkv, L, D]``, the cache's, after the rotary embedding.
+        attention_mask: None or 2-D: in the layout already; 4-D: on top of the modular mask.
+
+    Returns:
+        ``[B, n, Hq, D]``, and None for the weights.
+
+    Raises:
+        ValueError: a layer that `enable` has not prepared. NotImplementedError: soft caps, sinks, dropout.
+    """
+    settings: LayerSettings | None = getattr(module, SETTINGS, None)
+    if settings is None:
+        raise ValueError(
+            f"attn_implementation: expected {NAME!r} for the text model that enable() has prepared, got it for "
+            f"{type(module).__name__}. A plain string in set_attn_implementation switches the vision tower as well; "
+            f'call enable(model) alone, or name the part: set_attn_implementation({{"text_config": {NAME!r}}})'
+        )
+    tokens: Tokens | None = others.get(ARGUMENT)
+    if tokens is None:
+        raise checks.wrong_value(
+            "modality ids", f"{type(module).__name__} to get them from its enabled text model's call", "none"
+        )
+    for name, value_of in (("softcap", softcap), ("s_aux", s_aux)):
+        if value_of is not None:
+            raise NotImplementedError(f"{name} of {type(module).__name__}: MODA has none; disable(model)")
+    mask = settings.mask
+    if sliding_window is not None:
+        mask = ModularMask(mask.rules, min(sliding_window, mask.window or sliding_window))
+    where: dict[str, Any] = {"layout": tokens.layout}
+    if tokens.state is not None:
+        where = {"state": tokens.state[module.layer_idx]}  # type: ignore[index]
+    aligner = getattr(module, ALIGNER, None)
+    key_map = None
+    if isinstance(aligner, nn.Module):
+        released = {"value": value} if is_released(aligner) else {}
+        key_map = aligner(key, **where, **released)
+    out = moda_attention(
+        query,
+        key,
+        value,
+        attention_mask if attention_mask is not None and attention_mask.dim() == 4 else None,
+        dropout,
+        scale=scaling,
+        enable_gqa=True,
+        mask=mask,
+        key_map=key_map,
+        pseudo=settings.pseudo if key_map is not None else None,
+        **where,
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def is_released(aligner: nn.Module) -> bool:
+    """Also where PEFT has wrapped it."""
+    return any(isinstance(part, ReleasedAligner) for part in aligner.modules())
+
+
+# Hooks
+
+_found: ContextVar[Tensor | None] = ContextVar("moda_kernels_found_ids", default=None)
+MODEL = "moda_model_settings"
+
+
+@torch.compiler.disable
+def before_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before the model that sees ``input_ids``: look at them, since the text model gets embeddings."""
+    settings: ModelSettings = getattr(module, MODEL)
+    _found.set(settings.family.find(settings.config, _named(module, args, kwargs)))
+
+
+@torch.compiler.disable
+def after_model(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    _found.set(None)
+
+
+@torch.compiler.disable
+def before_text_model(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Before the text model: make `Tokens` of what is known and hand them on."""
+    settings: ModelSettings = getattr(module, MODEL)
+    arguments = _named(module, args, kwargs)
+    source = arguments.get("inputs_embeds")
+    source = arguments.get("input_ids") if source is None else source
+    if not isinstance(source, Tensor) or arguments.get(ARGUMENT) is not None:
+        return args, kwargs  # the model says itself what it misses
+    batch, new = source.shape[:2]
+    _refuse_packing(arguments)
+
+    state = None
+    # Layers that are checkpointed go without a cache, whoever asks for one.
+    checkpointed = module.training and any(getattr(part, "gradient_checkpointing", False) for part in module.modules())
+    if not checkpointed:
+        cache = arguments.get("past_key_values")
+        use_cache = arguments.get("use_cache")
+        use_cache = getattr(module.config, "use_cache", False) if use_cache is None else use_cache
+        if cache is None and use_cache:
+            from transformers import DynamicCache
+
+            cache = arguments["past_key_values"] = DynamicCache(config=module.config)
+        if cache is not None:
+            state = caches.state_of(cache, settings.num_modalities, getattr(module.config, "sliding_window", None))
+    past = 0 if state is None else state.length
+
+    told = modalities.told(batch, new, past, source.device)
+    if told is None:
+        found = _found.get()
+        found = settings.family.find(settings.config, arguments) if found is None else found
+        if found is None:
+            raise checks.wrong_value(
+                "modality ids",
+                "input_ids of a family that enable() knows "
+                f"({', '.join(modalities.FAMILIES)}), or `with modality_ids(ids):` around the call",
+                f"a call of {type(module).__name__} that says nothing of modalities",
+            )
+        told = modalities.Told(found.to(source.device), None)
+    if told.ids.shape != (batch, new):
+        raise checks.wrong_value("modality ids", f"shape {(batch, new)}, one for each new token", told.ids)
+    ids = _without_padding(told.ids, arguments.get("attention_mask"), past)
+    if state is not None:
+        state.append(ids, item_ids=told.items)
+        tokens = Tokens(None, state)
+    else:
+        layout = segment_modalities(ids, num_modalities=settings.num_modalities, item_ids=told.items)
+        tokens = Tokens(layout, None)
+    return (), arguments | {ARGUMENT: tokens}
+
+
+def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by name."""
+    if not args:
+        return dict(kwargs)
+    names = [name for name in inspect.signature(module.forward).parameters if name not in ("args", "kwargs")]
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+def _without_padding(ids: Tensor, attention_mask: Any, past: int) -> Tensor:
+    """-1 where the attention mask (2-D, of all tokens or of the new ones; by kind of layer the same) hides a token."""
+    if isinstance(attention_mask, dict):
+        attention_mask = next(iter(attention_mask.values()), None)
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        return ids
+    new, width = ids.shape[1], attention_mask.shape[1]
+    begin = past if width >= past + new else width - new
+    shown = attention_mask[:, begin : begin + new]
+    if begin < 0 or begin not in (0, past) or shown.shape != ids.shape:
+        expected = f"[B, {past + new}] or [B, {new}], of all tokens or of the new ones, with B = {ids.shape[0]}"
+        raise checks.wrong_value("attention_mask", expected, attention_mask)
+    return torch.where(shown.to(ids.device) > 0, ids, -1)
+
+
+def _refuse_packing(arguments: dict[str, Any]) -> None:
+    """Several documents in one row, told by positions that start again, as transformers would find them."""
+    positions = arguments.get("position_ids")
+    plain = arguments.get("attention_mask") is None and arguments.get("past_key_values") is None
+    if not isinstance(positions, Tensor) or not plain or (positions.dim() == 3 and positions.shape[0] != 4):
+        return
+    text = positions[0] if positions.dim() == 3 else positions
+    if text.shape[-1] > 1 and bool((text.diff(dim=-1) != 1).any()):
+        raise NotImplementedError(
+            "position_ids that start again within a row (packed documents): give each document a row, or an "
+            "attention_mask where positions only skip padding"
+        )
+
+
+def default_mask(num_modalities: int, whole: tuple[int, ...], module: nn.Module) -> ModularMask:
+    """What the model itself uses."""
+    if not getattr(module, "is_causal", True):
+        return ModularMask.full(num_modalities)
+    return ModularMask.bidirectional_within(num_modalities, whole)

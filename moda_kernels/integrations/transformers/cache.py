@@ -1,0 +1,86 @@
+"""A `DecodeState` that lives on a transformers cache and follows what `generate()` does to it.
+
+The cache's class is exchanged for a subclass of the same name, so that beams, crops and resets reach the state, and so
+that a copy of the cache takes its state along.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moda_kernels import checks
+from moda_kernels.decoding import DecodeState
+
+
+class _Remembers:
+    """The methods of `transformers.Cache` that change which tokens it holds."""
+
+    moda_state: DecodeState
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self.moda_state.reorder(beam_idx)
+
+    def crop(self, tokens: int) -> None:
+        super().crop(tokens)  # type: ignore[misc]
+        # Negative: so many are to go. Older versions also take the number that stays.
+        length = self.moda_state.length
+        self.moda_state.crop(max(length + tokens, 0) if tokens <= 0 else tokens)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        if self.moda_state.length:
+            rows = self.moda_state.layout().num_sequences
+            self.moda_state.reorder(torch.arange(rows).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self.moda_state.reorder(indices)
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        self.moda_state = DecodeState(self.moda_state.num_modalities, undo=self.moda_state.undo)
+
+
+@functools.cache
+def _remembering(kind: Any) -> Any:
+    # The name stays, because generate() looks at names.
+    return type(kind.__name__, (_Remembers, kind), {"__module__": kind.__module__})
+
+
+#: How many tokens assisted generation may take back cheaply.
+UNDO = 32
+
+
+def state_of(cache: Any, num_modalities: int, window: int | None = None) -> DecodeState:
+    """The state beside a cache; a new one for an empty cache that has none.
+
+    Args:
+        window: of the model's sliding layers.
+
+    Raises:
+        TypeError: another kind of cache. ValueError: one that already holds tokens.
+    """
+    from transformers import Cache, EncoderDecoderCache
+
+    if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
+        raise checks.wrong_type("past_key_values", "a transformers Cache of one decoder", cache)
+    if not isinstance(cache, _Remembers):
+        if int(cache.get_seq_length()) > 0:
+            raise checks.wrong_value(
+                "past_key_values",
+                "a cache that an enabled model has filled from its first token (start from an empty one)",
+                f"one with {int(cache.get_seq_length())} tokens of unknown modality",
+            )
+        kind: Any = type(cache)
+        cache.__class__ = _remembering(kind)
+        cache.moda_state = DecodeState(num_modalities, undo=UNDO if window is None else min(UNDO, max(window - 1, 0)))
+    state: DecodeState = cache.moda_state
+    held = cache.get_seq_length()
+    if isinstance(held, int) and held != state.length:  # a number on the host: nothing waits
+        if held > state.length:
+            raise checks.wrong_value("past_key_values", f"{state.length} tokens, as the enabled model saw", f"{held}")
+        state.crop(held)  # a call that failed half-way
+    return state
