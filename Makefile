@@ -16,10 +16,10 @@ INSTALLED := $(VENV)/.installed
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format wheel clean extension python
+.PHONY: help demo test lint format wheel compile-all sanitize clean extension python
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 	@echo
 	@echo '  VENV=               use the python3 at hand as it is: nothing is fetched or installed'
 	@echo '  PYTHON=python3.12   the interpreter to start from'
@@ -42,6 +42,13 @@ format: $(INSTALLED) ## put the code into its style
 
 wheel: $(INSTALLED) ## build the source distribution and the wheel into dist/
 	$(PY) -m build --no-isolation
+
+compile-all: $(INSTALLED) ## compile every Triton kernel in every configuration for sm_80, sm_90, sm_100; needs no GPU
+	TRITON_INTERPRET=0 $(PY) -m moda_kernels.triton.aot --all $(ARGS)
+
+sanitize: extension ## run small attention on a GPU under compute-sanitizer's memcheck and racecheck
+	for tool in memcheck racecheck; do \
+	    compute-sanitizer --tool $$tool --error-exitcode 9 $(PY) -m pytest -q -m gpu tests/test_triton_gpu.py -k small || exit 1; done
 
 clean: ## remove what was built, and the environment
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -166,4 +166,4 @@ def moda_attention(
         state=state,
     )
     out, lse = backends.choose(call, backend).attend(call)
-    return (call.poisoned(out), call.poisoned(lse)) if return_lse else call.poisoned(out)
+    return (out, lse) if return_lse else out

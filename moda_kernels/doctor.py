@@ -26,6 +26,7 @@ PACKAGES = {
 }
 VARIABLES = {
     selected.ENVIRONMENT: "names a backend for the whole process",
+    "MODA_KERNELS_AUTOTUNE": "1 searches for the Triton kernels' fastest configurations",
     "MODA_KERNELS_NATIVE": "0 switches the native extension off",
 }
 #: Largest error of the self-check in float32; GPUs may multiply it in TensorFloat-32.
@@ -115,8 +116,7 @@ def taken(device: str, name: str | None = None) -> str:
     """The backend that a plain call on a device goes to; "nothing" where none can run it."""
     name = backends.named_backend(name)
     call = sample_call(device)
-    asked = backends.BACKENDS.values() if name == "auto" else [backends.BACKENDS[name]]
-    able = [b.name for b in asked if not (b.why_absent() or b.why_not(call))]
+    able = [b.name for b in backends.asked(name, call.query.device) if not (b.why_absent() or b.why_not(call))]
     return able[0] if able else "nothing"
 
 

@@ -55,6 +55,9 @@ class Broken:
     def __init__(self, absent: str | None) -> None:
         self.absent = absent
 
+    def serves(self, device: torch.device) -> bool:
+        return True
+
     def why_absent(self) -> list[str]:
         return [self.absent] if self.absent else []
 

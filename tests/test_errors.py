@@ -312,6 +312,9 @@ class Fake:
     def __init__(self, name: str, absent: list[str] | None = None, cannot: list[str] | None = None) -> None:
         self.name, self.absent, self.cannot, self.calls = name, absent or [], cannot or [], 0
 
+    def serves(self, device: torch.device) -> bool:
+        return True
+
     def why_absent(self) -> list[str]:
         return self.absent
 

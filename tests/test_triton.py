@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import moda_kernels as mk
 from moda_kernels import backends, checks, testing, triton
-from moda_kernels.backends.triton import TritonBackend, folds
+from moda_kernels.backends.triton import TritonBackend, folds, tuning
 from moda_kernels.backends.triton import passes as triton_passes
 from moda_kernels.call import AttentionCall
 from moda_kernels.testing import CASES, Case, generator
@@ -26,6 +26,7 @@ if triton.why_absent():
 
 from moda_kernels.ops import attention as operators
 from moda_kernels.triton import attention as kernels
+from moda_kernels.triton import configs
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -360,8 +361,7 @@ def loss(q: Tensor, k: Tensor, v: Tensor, layout: mk.ModalityLayout, base: Tenso
     return out.float().sin().sum() + lse.sum()
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize("scope", [None, "sequence", "causal"])
+@pytest.mark.parametrize(("scope", "dynamic"), [(None, None), ("sequence", None), ("causal", True)])
 def test_compiles_whole_and_once(scope: str | None, dynamic: bool | None, always_fold: None) -> None:
     torch._dynamo.reset()
     aligner = None if scope is None else mk.DuplexAligner(16, 2, scope=scope, device=DEVICE)
@@ -369,7 +369,7 @@ def test_compiles_whole_and_once(scope: str | None, dynamic: bool | None, always
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     counter = torch._dynamo.utils.counters["stats"]
     graphs = []
-    for length in (66, 71, 80, 92):
+    for length in (35, 42, 50):
         layout, tensors = small(length)
         for run, result in ((compiled, []), (loss, [])):
             value = run(*tensors, layout, base, aligner)
@@ -493,3 +493,31 @@ def test_auto_leaves_the_interpreter_alone() -> None:
     assert TritonBackend().serves(torch.device("cuda")) and not TritonBackend().serves(torch.device("cpu"))
     assert next(iter(backends.BACKENDS)) == "triton"
     assert checks.looks_at_values(torch.device("cpu"))
+
+
+# Tuning
+
+
+def test_tuning_takes_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of the three configurations at a time; what a GPU has no room for is left out; asked once per kind."""
+    start = ((128, 64, 8, 3), (128, 64, 8, 3), (64, 128, 8, 3))
+    runs: list[tuple[Any, bool]] = []
+
+    def run(chosen: Any, backward: bool) -> None:
+        runs.append((chosen, backward))
+        if chosen[0][0] == 64:
+            raise RuntimeError("out of shared memory")
+
+    def clock(timed: Callable[[], object]) -> float:
+        timed()
+        chosen, backward = runs[-1]
+        return float(sum(chosen[2]) if backward else chosen[0][1])
+
+    monkeypatch.setattr(tuning, "milliseconds", clock)
+    monkeypatch.setattr(tuning, "_found", {})
+    best = tuning.tuned("kind", start, True, run)
+    assert best[0][:2] == (128, 32) and sum(best[2]) == min(sum(c.numbers()) for c in configs.CANDIDATES["keys"])
+    assert [backward for _, backward in runs] == sorted(backward for _, backward in runs)
+    before = len(runs)
+    assert tuning.tuned("kind", start, True, run) == best and len(runs) == before
+    assert not tuning.wanted(torch.device("cpu"))

@@ -35,7 +35,8 @@ class Backend(Protocol):
         """Every reason why it can't run this call; empty if it can."""
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
-        """Output and lse, as `moda_kernels.reference.attend`; differentiable in every float tensor of the call."""
+        """Output and lse, as `moda_kernels.reference.attend`; differentiable in every float tensor of the call; NaN
+        where the layout has more segments than it has room for."""
 
 
 #: In the order in which `auto` asks them.
@@ -69,14 +70,18 @@ def choose(call: AttentionCall, name: str | None) -> Backend:
     """
     name = named_backend(name)
     refused: list[str] = []
-    device = call.query.device
-    for backend in [b for b in BACKENDS.values() if b.serves(device)] if name == "auto" else [BACKENDS[name]]:
+    for backend in asked(name, call.query.device):
         reasons = backend.why_absent() or backend.why_not(call)
         if not reasons:
             _tell_once(backend.name, refused)
             return backend
         refused += [f"{backend.name}: {reason}" for reason in reasons]
     raise NotImplementedError(f"backend {name!r} can't run this call: " + "; ".join(refused))
+
+
+def asked(name: str, device: torch.device) -> list[Backend]:
+    """The backends that a name stands for, in the order in which they are asked; "auto": those that serve a device."""
+    return [b for b in BACKENDS.values() if b.serves(device)] if name == "auto" else [BACKENDS[name]]
 
 
 def named_backend(name: str | None = None) -> str:

@@ -119,6 +119,7 @@ def backward(
     )  # fmt: skip
     dq, dk, dv, dbias, sums = outputs
     dbias.zero_()  # tiles that are not used write nothing
+    sums.zero_()
     if query.numel() == 0 or key.numel() == 0:
         for grad in outputs:
             grad.zero_()

@@ -175,3 +175,19 @@ BACKWARD_KEYS: AttentionTable = {
 
 #: In the interpreter time goes by operations, and shapes of a few dozen tokens should still make several tiles.
 INTERPRETED = {"forward": _A(1, 1, 32, 16), "query": _A(1, 1, 16, 32), "keys": _A(1, 1, 32, 32)}
+
+#: What MODA_KERNELS_AUTOTUNE=1 tries beside the table's own entry.
+CANDIDATES = {
+    "forward": [
+        _A(w, s, q, k) for s in (2, 3, 4)
+        for q, k, w in ((128, 128, 8), (128, 64, 8), (128, 64, 4), (64, 64, 4), (128, 32, 8), (64, 128, 4))
+    ],
+    "query": [
+        _A(w, s, q, k) for s in (2, 3)
+        for q, k, w in ((128, 64, 8), (128, 32, 8), (64, 64, 4), (64, 128, 4), (128, 128, 8))
+    ],
+    "keys": [
+        _A(w, s, q, k) for s in (2, 3)
+        for q, k, w in ((64, 128, 8), (32, 128, 8), (64, 64, 4), (64, 64, 8), (128, 64, 8), (128, 128, 8))
+    ],
+}  # fmt: skip

@@ -172,8 +172,8 @@ def attention_forward(
                 b_acc, b_max, b_sum = _pass(
                     b_acc, b_max, b_sum, b_query, i_pass, i_batch, i_head, i_group, i_tile, p_k, p_v,
                     p_matrix, p_matrix_rest, p_bias, p_mask, p_limits, p_keys, p_row_modality, p_lists, p_counts,
-                    p_modalities, begin, end, row, rows, o_q, all_rows, all_keys, tiles, width, modalities, query_heads // group,
-                    scale,
+                    p_modalities, begin, end, row, rows, o_q, all_rows, all_keys, tiles, width, modalities,
+                    query_heads // group, scale,
                     s_kt, s_vt, s_bn, s_bh, s_ba, s_bb, s_mq, s_mk,
                     D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, MASK, PRECISION,
                 )  # fmt: skip
@@ -184,8 +184,8 @@ def attention_forward(
                 b_acc, b_max, b_sum = _pass(
                     b_acc, b_max, b_sum, b_query, i_pass, i_batch, i_head, i_group, i_tile, p_k, p_v,
                     p_matrix, p_matrix_rest, p_bias, p_mask, p_limits, p_keys, p_row_modality, p_lists, p_counts,
-                    p_modalities, begin, end, row, rows, o_q, all_rows, all_keys, tiles, width, modalities, query_heads // group,
-                    scale,
+                    p_modalities, begin, end, row, rows, o_q, all_rows, all_keys, tiles, width, modalities,
+                    query_heads // group, scale,
                     s_kt, s_vt, s_bn, s_bh, s_ba, s_bb, s_mq, s_mk,
                     D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, MASK, PRECISION,
                 )  # fmt: skip

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moda_kernels import alignment, checks, triton
+from moda_kernels.backends.triton import tuning
 from moda_kernels.backends.triton.passes import key_tile_lists, make_passes, pseudo_counts, query_tile_lists, row_facts
 from moda_kernels.call import AttentionCall
 from moda_kernels.keymap import ModalityMap
@@ -79,36 +80,63 @@ class TritonBackend:
 
         tensors = (call.query, key, call.value, matrix, call.pair_bias, base, decay, weights)
         differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        passes = make_passes(call.mask, call.split, call.pair_bias is not None or matrix is not None)
-        window = call.mask.window
-        of_forward, of_query, of_keys = configurations(call, matrix is not None)
-        *lists, overflow = query_tile_lists(layout, queries, passes, *of_forward[:2])
-        backward_facts: tuple[Tensor, ...] = ()
-        query_lists: tuple[Tensor, ...] = ()
-        key_lists: tuple[Tensor, ...] = ()
-        backward = make_passes(call.mask, call.split, call.pair_bias is not None)
-        if differentiable:
-            backward_facts = row_facts(layout, queries, backward, window)
-            query_lists = query_tile_lists(layout, queries, backward, *of_query[:2])[:4]
-            key_lists = key_tile_lists(layout, queries, backward, *of_keys[:2])[:4]
-        plan = AttentionPlan(
-            facts=row_facts(layout, queries, passes, window),
-            passes=passes.numbers,
-            count=count,
-            fault=None if layout.overflow is None else (layout.overflow | (overflow > 0)).int(),
-            lists=tuple(lists),
-            config=of_forward,
-            backward_facts=backward_facts,
-            backward_passes=backward.numbers,
-            query_lists=query_lists,
-            query_config=of_query,
-            key_lists=key_lists,
-            key_config=of_keys,
-            grouping=None if matrix is None else layout.grouping("modality"),
-            scale=call.scale,
+        folded = matrix is not None
+        chosen = configurations(call, folded)
+        if tuning.wanted(device):
+
+            def trial(configs: tuple[tuple[int, ...], ...], backward: bool) -> None:
+                leaves = [t if t is None else t.detach().requires_grad_(backward) for t in tensors]
+                with torch.set_grad_enabled(backward):
+                    out, _, _ = ModaAttention.apply(
+                        *leaves, call.attn_mask, make_plan(call, folded, count, configs, backward)
+                    )
+                if backward:
+                    torch.autograd.grad(out, [t for t in leaves if t is not None], out.detach(), allow_unused=True)
+
+            kind = (call.query.dtype, *call.query.shape[1:], *call.value.shape[1:], folded, call.split, call.mask)
+            chosen = tuning.tuned(kind, chosen, differentiable, trial)
+        out, lse, _ = ModaAttention.apply(
+            *tensors, call.attn_mask, make_plan(call, folded, count, chosen, differentiable)
         )
-        out, lse, _ = ModaAttention.apply(*tensors, call.attn_mask, plan)
         return out, lse
+
+
+def make_plan(
+    call: AttentionCall,
+    folded: bool,
+    count: Tensor | None,
+    chosen: tuple[tuple[int, ...], ...],
+    differentiable: bool,
+) -> AttentionPlan:
+    """What the kernels walk; what is for the backward, only where there will be one."""
+    layout, queries, window = call.layout, call.queries, call.mask.window
+    of_forward, of_query, of_keys = chosen
+    passes = make_passes(call.mask, call.split, call.pair_bias is not None or folded)
+    *lists, overflow = query_tile_lists(layout, queries, passes, *of_forward[:2])
+    backward = make_passes(call.mask, call.split, call.pair_bias is not None)
+    backward_facts: tuple[Tensor, ...] = ()
+    query_lists: tuple[Tensor, ...] = ()
+    key_lists: tuple[Tensor, ...] = ()
+    if differentiable:
+        backward_facts = row_facts(layout, queries, backward, window)
+        query_lists = query_tile_lists(layout, queries, backward, *of_query[:2])[:4]
+        key_lists = key_tile_lists(layout, queries, backward, *of_keys[:2])[:4]
+    return AttentionPlan(
+        facts=row_facts(layout, queries, passes, window),
+        passes=passes.numbers,
+        count=count,
+        fault=None if layout.overflow is None else (layout.overflow | (overflow > 0)).int(),
+        lists=tuple(lists),
+        config=of_forward,
+        backward_facts=backward_facts,
+        backward_passes=backward.numbers,
+        query_lists=query_lists,
+        query_config=of_query,
+        key_lists=key_lists,
+        key_config=of_keys,
+        grouping=layout.grouping("modality") if folded else None,
+        scale=call.scale,
+    )
 
 
 def folds(call: AttentionCall) -> bool:
