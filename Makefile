@@ -29,7 +29,7 @@ demo: extension ## run the demonstration
 	$(PY) -m moda_kernels demo $(ARGS)
 
 test: extension ## run the tests
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest $$($(PY) -c 'import xdist; print("-n 2 --dist worksteal")' 2>/dev/null) $(ARGS)
 
 lint: $(INSTALLED) ## check style and types
 	$(PY) -m ruff check .

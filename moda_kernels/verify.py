@@ -194,7 +194,7 @@ def _judge(
     try:
         result = testing.run(case, dtype, backend, **options)
         exact = testing.oracle(case, dtype, **options)
-        compared = testing.compare(result, exact, testing.run(case, dtype, "reference", **options), dtype)
+        compared = testing.compare(result, exact, testing.eager(case, dtype, **options), dtype)
     except NotImplementedError as error:
         outcome.refused[str(error).partition("can't run this call: ")[2] or str(error)] = None
         return

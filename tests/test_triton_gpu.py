@@ -1,4 +1,4 @@
-"""The Triton backend on a GPU: real sizes in all dtypes against the oracle; graph capture; no waiting; compiled once."""
+"""The Triton backend on a GPU: real sizes in all dtypes against the oracle, graph capture, no waits, compiled once."""
 
 import dataclasses
 from typing import Any

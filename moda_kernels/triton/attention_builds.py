@@ -35,6 +35,9 @@ STACK = {
     ("keys", 80): 64, ("keys", 90): 64, ("keys", 100): 64,
 }  # fmt: skip
 
+#: And with head sizes beyond 128, where accumulators alone take half of the registers.
+WIDE_STACK = 64
+
 #: Pointers to numbers of the inputs' type; other floats are float32, all else int32.
 _INPUTS = ("p_q", "p_k", "p_v", "p_out", "p_parts", "p_dout", "p_dq", "p_dk", "p_dv", "p_matrix",
            "p_matrix_rest")  # fmt: skip
@@ -77,16 +80,14 @@ def attention_build(
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     types = {name: _type(name, dtype) for name in kernel.arg_names if name not in constants}
     return Build(
-        name=" ".join(
-            (f"attention_{kind}", dtype, str(head_dim), *features, f"passes={passes}" if passes != 1 else "")
-        ),
+        name=" ".join((f"attention_{kind}", dtype, str(head_dim), *features, *[f"passes={passes}"] * (passes != 1))),
         kernel=kernel,
         capability=capability,
         types=types,
         constants=constants,
         config=config,
         divisible_by_16=tuple(name for name in types if name[:2] == "s_" and name[2] in "qkvodge" and name[3] in "bht"),
-        stack_allowance=STACK[kind, capability],
+        stack_allowance=STACK[kind, capability] if padded(head_dim) <= 128 else WIDE_STACK,
         gate=gate,
     )
 

@@ -393,7 +393,10 @@ def _gram_tile(config: configs.GramConfig, d: int, e: int, eps: float | None) ->
 
 _TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 #: (architecture, dtype, head size) of the gate: both norms of both kernels.
-_GATE = {(80, torch.bfloat16, 128), (90, torch.bfloat16, 128), (90, torch.float32, 256)}
+_GATE = {
+    (80, torch.bfloat16, 128),
+    *((90, dtype, d) for dtype in (torch.bfloat16, torch.float32) for d in (64, 128, 256)),
+}
 
 
 def _strides(of: str, axes: str) -> tuple[str, ...]:
