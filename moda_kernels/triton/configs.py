@@ -153,9 +153,9 @@ FORWARD: AttentionTable = {
 # With a key map: the turned query stays in registers, where the query itself is read from shared memory. No entries for
 # 256 and for 32 bits: the product with the matrix leaves the registers, so such maps are written.
 FOLDED: AttentionTable = {
-    80: {16: {64: _A(8, 3, 128, 64), 128: _A(8, 2, 128, 64)}},
-    90: {16: {64: _A(8, 3, 128, 64), 128: _A(8, 2, 128, 64)}},
-    100: {16: {64: _A(8, 3, 128, 64), 128: _A(8, 2, 128, 64)}},
+    80: {16: {64: _A(8, 3, 128, 64), 128: _A(8, 3, 128, 64)}},
+    90: {16: {64: _A(8, 3, 128, 64), 128: _A(8, 3, 128, 64)}},
+    100: {16: {64: _A(8, 3, 128, 64), 128: _A(8, 3, 128, 64)}},
 }
 
 _QUERY_32 = {64: _A(4, 2, 32, 32), 128: _A(4, 2, 32, 32), 256: _A(8, 1, 32, 32)}

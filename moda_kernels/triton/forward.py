@@ -18,10 +18,10 @@ from moda_kernels.triton.primitives import (
     LOWEST,
     load_mask,
     load_rows,
-    load_square,
     log_pseudo_mass,
     row_limits,
     store_rows,
+    turned_rows,
     visible,
 )
 
@@ -78,10 +78,10 @@ def _walk(
 
 @triton.jit
 def _pass(
-    b_acc, b_max, b_sum, b_query, i_pass, i_batch, i_head, i_group, i_tile, p_k, p_v,
+    b_acc, b_max, b_sum, b_query, i_pass, i_batch, i_head, i_group, i_tile, p_q, p_k, p_v,
     p_matrix, p_matrix_rest, p_bias, p_mask, p_limits, p_keys, p_row_modality, p_lists, p_counts, p_modalities,
     begin, end, row, rows, o_q, all_rows, all_keys, tiles, width, modalities, key_heads, scale,
-    s_kt, s_vt, s_bn, s_bh, s_ba, s_bb, s_mq, s_mk,
+    s_qt, s_kt, s_vt, s_bn, s_bh, s_ba, s_bb, s_mq, s_mk,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -90,13 +90,14 @@ def _pass(
     i_modality = tl.load(p_modalities + i_pass)
     if p_matrix is not None:
         i_matrix = ((i_batch * modalities + i_modality) * key_heads + i_group) * D * D
-        b_turn = load_square(p_matrix + i_matrix, True, D, BLOCK_D)
-        b_turned = tl.dot(b_query, b_turn, input_precision=PRECISION)
+        p_rest = p_matrix_rest
         if p_matrix_rest is not None:
-            # What rounding the matrix left over: the backward, with fused keys, has to meet the same scores again.
-            b_rest = load_square(p_matrix_rest + i_matrix, True, D, BLOCK_D)
-            b_turned = tl.dot(b_query, b_rest, b_turned, input_precision=PRECISION)
-        b_q = b_turned.to(b_query.dtype)
+            p_rest = p_matrix_rest + i_matrix
+        o_row = tl.arange(0, BLOCK_Q)
+        b_real = tl.load(p_row_modality + row + o_row, mask=o_row < rows, other=-1) >= 0
+        b_q = turned_rows(
+            p_q, o_row, s_qt, b_real, p_matrix + i_matrix, p_rest, D, BLOCK_D, BLOCK_Q, PRECISION
+        ).to(p_q.dtype.element_ty)  # fmt: skip
     if p_bias is not None:
         o_row = tl.arange(0, BLOCK_Q)
         b_modality = tl.load(p_row_modality + row + o_row, mask=o_row < rows, other=-1)
@@ -158,7 +159,9 @@ def attention_forward(
 
     o_row = tl.arange(0, BLOCK_Q)
     b_modality = tl.load(p_row_modality + row + o_row, mask=o_row < rows, other=-1)
-    b_query = load_rows(p_q, o_row, s_qt, b_modality >= 0, D, BLOCK_D, True)  # [BLOCK_Q, BLOCK_D]
+    b_query = 0
+    if p_matrix is None:
+        b_query = load_rows(p_q, o_row, s_qt, b_modality >= 0, D, BLOCK_D, True)  # [BLOCK_Q, BLOCK_D]
 
     for i_branch in tl.static_range(2 if SPLIT else 1):
         b_acc = tl.zeros([BLOCK_Q, BLOCK_E], tl.float32)
@@ -170,11 +173,11 @@ def attention_forward(
                 FIRST_PASSES if i_branch == 1 else 0, FIRST_PASSES if SPLIT and i_branch == 0 else PASSES
             ):  # fmt: skip
                 b_acc, b_max, b_sum = _pass(
-                    b_acc, b_max, b_sum, b_query, i_pass, i_batch, i_head, i_group, i_tile, p_k, p_v,
+                    b_acc, b_max, b_sum, b_query, i_pass, i_batch, i_head, i_group, i_tile, p_q, p_k, p_v,
                     p_matrix, p_matrix_rest, p_bias, p_mask, p_limits, p_keys, p_row_modality, p_lists, p_counts,
                     p_modalities, begin, end, row, rows, o_q, all_rows, all_keys, tiles, width, modalities,
                     query_heads // group, scale,
-                    s_kt, s_vt, s_bn, s_bh, s_ba, s_bb, s_mq, s_mk,
+                    s_qt, s_kt, s_vt, s_bn, s_bh, s_ba, s_bb, s_mq, s_mk,
                     D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, MASK, PRECISION,
                 )  # fmt: skip
         else:
@@ -182,11 +185,11 @@ def attention_forward(
             pass_to = first_passes if SPLIT and i_branch == 0 else passes
             for i_pass in range(pass_from, pass_to):
                 b_acc, b_max, b_sum = _pass(
-                    b_acc, b_max, b_sum, b_query, i_pass, i_batch, i_head, i_group, i_tile, p_k, p_v,
+                    b_acc, b_max, b_sum, b_query, i_pass, i_batch, i_head, i_group, i_tile, p_q, p_k, p_v,
                     p_matrix, p_matrix_rest, p_bias, p_mask, p_limits, p_keys, p_row_modality, p_lists, p_counts,
                     p_modalities, begin, end, row, rows, o_q, all_rows, all_keys, tiles, width, modalities,
                     query_heads // group, scale,
-                    s_kt, s_vt, s_bn, s_bh, s_ba, s_bb, s_mq, s_mk,
+                    s_qt, s_kt, s_vt, s_bn, s_bh, s_ba, s_bb, s_mq, s_mk,
                     D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, MASK, PRECISION,
                 )  # fmt: skip
 

@@ -64,6 +64,30 @@ def load_square(p_base, TRANSPOSED: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: 
 
 
 @triton.jit
+def turned_rows(
+    p_base, o_row, s_row, b_real, p_matrix, p_rest, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    ROWS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Rows times the transpose of a DIM × DIM matrix, [ROWS, BLOCK_DIM] in float32, in steps along the sum: whole
+    matrices leave the registers. p_rest: what rounding the matrix left over, or None."""
+    STEP: tl.constexpr = BLOCK_DIM if BLOCK_DIM < 32 else 32
+    o_dim = tl.arange(0, BLOCK_DIM)
+    b = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
+    for begin in range(0, BLOCK_DIM, STEP):
+        o_sum = begin + tl.arange(0, STEP)
+        inside = o_sum < DIM
+        b_x = tl.load(
+            p_base + o_row[:, None] * s_row + o_sum[None, :], mask=b_real[:, None] & inside[None, :], other=0.0
+        )
+        o_matrix = o_dim[None, :] * DIM + o_sum[:, None]
+        kept = inside[:, None] & (o_dim < DIM)[None, :]
+        b = tl.dot(b_x, tl.load(p_matrix + o_matrix, mask=kept, other=0.0), b, input_precision=PRECISION)
+        if p_rest is not None:
+            b = tl.dot(b_x, tl.load(p_rest + o_matrix, mask=kept, other=0.0), b, input_precision=PRECISION)
+    return b
+
+
+@triton.jit
 def row_limits(p_limits, i_pass, all_rows, o_row, inside):
     """Positions (low, high] that each query row sees in a pass; nothing for rows that are not inside."""
     p = p_limits + i_pass * 2 * all_rows + o_row
