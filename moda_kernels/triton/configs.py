@@ -85,6 +85,17 @@ class AttentionConfig(Launch):
         return [self.block_q, self.block_k, self.num_warps, self.num_stages]
 
 
+@dataclass(frozen=True)
+class DecodeConfig(Launch):
+    """Keys of a tile where few query rows meet many keys; the tile of queries is as large as they are, 16 to 64."""
+
+    block_k: int
+
+    def numbers(self) -> list[int]:
+        """As operators take them, see `decode.py`."""
+        return [self.block_k, self.num_warps, self.num_stages]
+
+
 GramTable = Mapping[int, Mapping[int, Mapping[int, GramConfig]]]
 ProjectTable = Mapping[int, Mapping[int, Mapping[int, ProjectConfig]]]
 
@@ -173,5 +184,14 @@ BACKWARD_KEYS: AttentionTable = {
     100: {16: {64: _A(8, 2, 64, 128), 128: _A(8, 2, 64, 128), 256: _A(8, 2, 32, 32)}, 32: _KEYS_32},
 }
 
+# Few query rows against many keys: memory decides, so what counts is how many bytes are on their way. 16 bits: 64 keys
+# and three stages are 96 KB at 128, two programs per multiprocessor on sm_90 and sm_100; a larger head size takes fewer
+# keys. 32 bits: products without tensor cores, from registers.
+DecodeTable = Mapping[int, Mapping[int, Mapping[int, DecodeConfig]]]
+_DECODE_16 = {64: DecodeConfig(4, 3, 64), 128: DecodeConfig(4, 3, 64), 256: DecodeConfig(8, 2, 32)}
+_DECODE_32 = {64: DecodeConfig(4, 2, 32), 128: DecodeConfig(8, 2, 32), 256: DecodeConfig(8, 1, 16)}
+DECODE: DecodeTable = {capability: {16: _DECODE_16, 32: _DECODE_32} for capability in ARCHITECTURES}
+
 #: In the interpreter time goes by operations, and shapes of a few dozen tokens should still make several tiles.
 INTERPRETED = {"forward": _A(1, 1, 32, 16), "query": _A(1, 1, 16, 32), "keys": _A(1, 1, 32, 32)}
+INTERPRETED_DECODE = DecodeConfig(1, 1, 16)
