@@ -46,7 +46,8 @@ def test_the_builds_of_the_gate_compile(reports: list[dict[str, Any]]) -> None:
 def test_products_of_16_bits_are_on_tensor_cores(reports: list[dict[str, Any]]) -> None:
     for report in reports:
         if "16 " in report["name"]:
-            assert report["wgmma" if report["capability"] == 90 else "mma_sync"] > 0, report
+            few = "decode" in report["name"]  # fewer rows than the 64 that wgmma takes
+            assert report["wgmma" if report["capability"] == 90 and not few else "mma_sync"] > 0, report
         elif "fp32" in report["name"]:
             assert report["wgmma"] == report["mma_sync"] == 0, f"{report['name']} is not IEEE"
 

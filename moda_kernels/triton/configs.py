@@ -87,7 +87,7 @@ class AttentionConfig(Launch):
 
 @dataclass(frozen=True)
 class DecodeConfig(Launch):
-    """Keys of a tile where few query rows meet many keys; the tile of queries is as large as they are, 16 to 64."""
+    """Keys of a tile where few query rows meet many keys; the tile of queries is as large as they are, 16 or 32."""
 
     block_k: int
 
@@ -184,11 +184,12 @@ BACKWARD_KEYS: AttentionTable = {
     100: {16: {64: _A(8, 2, 64, 128), 128: _A(8, 2, 64, 128), 256: _A(8, 2, 32, 32)}, 32: _KEYS_32},
 }
 
-# Few query rows against many keys: memory decides, so what counts is how many bytes are on their way. 16 bits: 64 keys
-# and three stages are 96 KB at 128, two programs per multiprocessor on sm_90 and sm_100; a larger head size takes fewer
-# keys. 32 bits: products without tensor cores, from registers.
+# Few query rows against many keys: memory decides, so what counts is how many bytes are on their way. Which keys are
+# read at all depends on their positions, which are loaded first: of five stages three go to that, and two tiles of keys
+# and values are fetched ahead: 64 KB at 128, where 4 warps take all their registers and two programs a multiprocessor. A
+# larger head size takes fewer keys. 32 bits: products without tensor cores, from registers.
 DecodeTable = Mapping[int, Mapping[int, Mapping[int, DecodeConfig]]]
-_DECODE_16 = {64: DecodeConfig(4, 3, 64), 128: DecodeConfig(4, 3, 64), 256: DecodeConfig(8, 2, 32)}
+_DECODE_16 = {64: DecodeConfig(4, 5, 64), 128: DecodeConfig(4, 5, 64), 256: DecodeConfig(8, 3, 32)}
 _DECODE_32 = {64: DecodeConfig(4, 2, 32), 128: DecodeConfig(8, 2, 32), 256: DecodeConfig(8, 1, 16)}
 DECODE: DecodeTable = {capability: {16: _DECODE_16, 32: _DECODE_32} for capability in ARCHITECTURES}
 

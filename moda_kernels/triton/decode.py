@@ -42,12 +42,12 @@ from moda_kernels.triton.primitives import (
 
 #: Programs per multiprocessor that the keys are split for: one waits for memory while the other computes.
 PROGRAMS_PER_SM = 2
-#: Programs in the interpreter: enough that every sequence of a test is split.
-INTERPRETED_PROGRAMS = 16
+#: Programs in the interpreter, where each takes its time: enough that the keys of most tests are shared.
+INTERPRETED_PROGRAMS = 8
 #: Key tiles whose positions are looked at together, and shares that are put together at a time.
 SCAN = tl.constexpr(16)
-#: Columns of a matrix that a program of the turning kernel takes.
-TURN_COLUMNS = 32
+#: Columns of a matrix that a program of the turning kernel takes, by bits: exact products fill registers sooner.
+TURN_COLUMNS = {16: 32, 32: 16}
 
 
 @triton.jit(do_not_specialize=["key_heads", "query_length"])
@@ -285,10 +285,10 @@ def decode(
     described = attention._facts(facts)
     turned = None
     if matrix is not None:
-        turned = q.new_empty(modalities, cells, block_r, q.shape[-1])
-        attention_decode_turn[(cells, modalities, triton.cdiv(q.shape[-1], TURN_COLUMNS))](
+        turned, columns = q.new_empty(modalities, cells, block_r, q.shape[-1]), TURN_COLUMNS[q.element_size() * 8]
+        attention_decode_turn[(cells, modalities, triton.cdiv(q.shape[-1], columns))](
             p_q=q, **attention._matrices(matrix, q), p_turned=turned, p_row_modality=facts[3],
-            **attention._strides("q", q), **where, **sizes, BLOCK_C=TURN_COLUMNS, PRECISION=float32_dots(),
+            **attention._strides("q", q), **where, **sizes, BLOCK_C=columns, PRECISION=float32_dots(),
             num_warps=4,
         )  # fmt: skip
     attention_decode[(cells, shares, branches)](
@@ -339,13 +339,13 @@ def builds() -> Iterator[Build]:
         for bits, by_size in by_bits.items():
             dtype = "bf16" if bits == 16 else "fp32"
             for size, config in by_size.items():
-                for block_r in (16, 64):
+                for block_r in (16, 32):
                     yield _build(capability, config, size, dtype, block_r, gate=bits == 16 or capability == 90)
         config = configs.find(configs.DECODE, capability, 16, 128)
         for features in (*((feature,) for feature in every), every):
             yield _build(capability, config, 128, "bf16", 16, features)
-        yield _build(capability, config, 80, "bf16", 64, every)
-        yield _build(capability, config, 128, "fp16", 64, every)
+        yield _build(capability, config, 80, "bf16", 32, every)
+        yield _build(capability, config, 128, "fp16", 32, every)
         yield from _around(capability)
 
 
@@ -369,14 +369,14 @@ def _around(capability: int) -> Iterator[Build]:
     for dtype, sizes in (("bf16", (128, 256)), ("fp32", (256,))):
         for size in sizes:
             constants: dict[str, Any] = {
-                "D": size, "BLOCK_D": padded(size), "GROUP": 4, "BLOCK_R": 64, "BLOCK_C": TURN_COLUMNS,
-                "PRECISION": "ieee",
+                "D": size, "BLOCK_D": padded(size), "GROUP": 4, "BLOCK_R": 32,
+                "BLOCK_C": TURN_COLUMNS[16 if dtype == "bf16" else 32], "PRECISION": "ieee",
             }  # fmt: skip
             constants |= {"p_matrix_rest": None} if dtype == "fp32" else {}
             name, launch = f"attention_decode_turn {dtype} {size}", configs.Launch(4, 3)
             yield _described(name, attention_decode_turn, capability, launch, constants, dtype, gate)
     for split in (False, True):
-        constants = {"E": 128, "BLOCK_E": 128, "GROUP": 4, "BLOCK_R": 64, "SPLIT": split}
+        constants = {"E": 128, "BLOCK_E": 128, "GROUP": 4, "BLOCK_R": 32, "SPLIT": split}
         constants |= {} if split else dict.fromkeys(("p_base", "p_decay", "p_count", "p_fault", "p_weights"))
         name = "attention_decode_combine" + (" split" if split else "")
         yield _described(

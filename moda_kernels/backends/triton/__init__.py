@@ -31,11 +31,11 @@ FOLD_FROM = 8
 #: The kernels have no configuration that folds a larger map, or one in float32: the products leave the registers.
 MAX_FOLDED_DIM = 128
 #: Calls without gradients go to the kernels of `moda_kernels.triton.decode` where query rows are few and keys many: up
-#: to 16 rows a sequence, with the heads of a group up to 64 rows of a tile (more fill a tile of the forward, which reads
-#: keys as seldom), from 256 keys a sequence on (fewer are not worth sharing between programs).
+#: to 16 rows a sequence (more begin to fill a tile of the forward) and more than 256 keys (fewer are not worth sharing
+#: between programs). A tile has up to 32 rows, query rows times heads of a group; larger ones leave the registers.
 DECODE_ROWS = 16
-DECODE_TILE = 64
 DECODE_FROM = 256
+DECODE_TILE = 32
 
 
 class TritonBackend:
@@ -157,8 +157,8 @@ def decode_rows(call: AttentionCall) -> int:
     if not sequences or call.query.numel() == 0 or call.layout.num_tokens <= DECODE_FROM * sequences:
         return 0
     rows = -(-call.query.shape[0] // sequences) if call.layout.packed else call.query.shape[2]
-    few = rows <= DECODE_ROWS and rows * (call.query_heads // call.key_heads) <= DECODE_TILE
-    return rows if few else 0
+    of_tile = DECODE_TILE // (call.query_heads // call.key_heads)
+    return min(rows, of_tile) if rows <= DECODE_ROWS else 0
 
 
 def decode_configuration(call: AttentionCall) -> list[int]:
