@@ -1,8 +1,8 @@
 """Modular-mask attention as an operator with gradients: the door to the Triton kernels of attention.
 
-The operators `attention_limits`, `attention`, `attention_backward` and `attention_decode` are opaque to compilers: plain
-tensors and numbers in, tensors out. `ModaAttention` above them is what autograd, `torch.func` and `torch.compile` see;
-`attention_decode`, for few query rows, has no gradient.
+The operators `attention_limits`, `attention`, `attention_backward` and `attention_decode` are opaque to compilers:
+plain tensors and numbers in, tensors out. `ModaAttention` above them is what autograd, `torch.func` and `torch.compile`
+see; `attention_decode`, for few query rows, has no gradient.
 """
 
 from collections.abc import Sequence

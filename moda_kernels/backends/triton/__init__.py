@@ -82,14 +82,12 @@ class TritonBackend:
         if call.split:
             weights = torch.stack([_per_head(w, heads, device) for w in call.branch_weights])
 
-        key, matrix, key_map = call.key, None, call.key_map
-        foldable = isinstance(key_map, ModalityMap) and key_map.foldable
-        given = (call.query, key, call.value, call.pair_bias, base, decay, weights)
-        rows = 0 if _differentiable(*given, key_map.matrix if foldable else None) else decode_rows(call)
-        if foldable and (rows or folds(call)):
-            matrix = key_map.matrix
-        elif key_map is not None:
-            key = alignment.align_keys(key, key_map, layout)
+        key, key_map = call.key, call.key_map
+        matrix = key_map.matrix if isinstance(key_map, ModalityMap) and key_map.foldable else None
+        given = (call.query, key, call.value, matrix, call.pair_bias, base, decay, weights)
+        rows = 0 if _differentiable(*given) else decode_rows(call)
+        if key_map is not None and not (matrix is not None and (rows or folds(call))):
+            key, matrix = alignment.align_keys(key, key_map, layout), None
 
         tensors = (call.query, key, call.value, matrix, call.pair_bias, base, decay, weights)
         differentiable = _differentiable(*tensors)
