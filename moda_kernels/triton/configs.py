@@ -186,8 +186,8 @@ BACKWARD_KEYS: AttentionTable = {
 
 # Few query rows against many keys: memory decides, so what counts is how many bytes are on their way. Which keys are
 # read at all depends on their positions, which are loaded first: of five stages three go to that, and two tiles of
-# keys and values are fetched ahead, 64 KB. 4 warps would run out of registers with a mask or a bias. A larger head size takes
-# fewer keys. 32 bits: products without tensor cores, from registers.
+# keys and values are fetched ahead, 64 KB. 4 warps would run out of registers with a mask or a bias. A larger head
+# size takes fewer keys. 32 bits: products without tensor cores, from registers.
 DecodeTable = Mapping[int, Mapping[int, Mapping[int, DecodeConfig]]]
 _DECODE_16 = {64: DecodeConfig(8, 5, 128), 128: DecodeConfig(8, 5, 64), 256: DecodeConfig(8, 3, 32)}
 _DECODE_32 = {64: DecodeConfig(4, 2, 32), 128: DecodeConfig(8, 2, 32), 256: DecodeConfig(8, 1, 16)}
