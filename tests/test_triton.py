@@ -293,6 +293,26 @@ def test_padding_may_hold_anything(fusion: str | None, content: float, always_fo
         torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("hidden", [0, 1, 2])
+def test_a_bias_of_minus_infinity_hides(hidden: int) -> None:
+    """The modality before others and after them; rows that see nothing else; gradients."""
+    ids = torch.tensor([[0] * 20 + [1] * 20 + [2] * 20], device=DEVICE)
+    layout = mk.segment_modalities(ids, num_modalities=3, max_segments=3)
+    q, k, v = (torch.randn(1, 2, 60, 16, device=DEVICE, requires_grad=True) for _ in range(3))
+    bias = torch.randn(1, 2, 3, 3, device=DEVICE)
+    bias[..., hidden] = -math.inf
+    results = []
+    for backend in ("triton", "reference"):
+        out, lse = mk.moda_attention(
+            q, k, v, layout=layout, is_causal=True, pair_bias=bias, return_lse=True, backend=backend,
+            pseudo=mk.PseudoAttention(length=30),
+        )  # fmt: skip
+        upstream = torch.where(lse.isinf(), 0, 1.0)
+        results.append([out, lse, *torch.autograd.grad((out, lse), (q, k, v), (torch.ones_like(out), upstream))])
+    for got, right in zip(*results, strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-5)
+
+
 def test_more_segments_than_there_is_room_for() -> None:
     """Where values are not looked at, everything is poisoned."""
     layout = mk.segment_modalities(torch.tensor([[0, 1, 0, 1]]), num_modalities=2).to(DEVICE)

@@ -1,7 +1,8 @@
 """Modular-mask attention as an operator with gradients: the door to the Triton kernels of attention.
 
-The operators `attention_limits`, `attention` and `attention_backward` are opaque to compilers: plain tensors and
-numbers in, tensors out. `ModaAttention` above them is what autograd, `torch.func` and `torch.compile` see.
+The operators `attention_limits`, `attention`, `attention_backward` and `attention_decode` are opaque to compilers:
+plain tensors and numbers in, tensors out. `ModaAttention` above them is what autograd, `torch.func` and `torch.compile`
+see; `attention_decode`, for few query rows, has no gradient.
 """
 
 from collections.abc import Sequence
@@ -59,6 +60,20 @@ def _attention_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     return attention.backward_outputs(*arguments)
 
 
+def _attention_decode(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from moda_kernels.triton import decode
+
+    return decode.decode(*arguments)
+
+
+def _attention_decode_fake(
+    query: Tensor, key: Tensor, value: Tensor, matrix: Any, bias: Any, base: Any, decay: Any, weights: Any, *_: Any
+) -> tuple[Tensor, Tensor]:
+    from moda_kernels.triton import decode
+
+    return decode.decode_outputs(query, value, weights is not None)
+
+
 _MORE = "Tensor? bias, Tensor? base, Tensor? decay, Tensor? weights, Tensor? attn_mask, Tensor? count"
 op_attention_limits = operator(
     "_attention_limits(Tensor modality, Tensor position, Tensor segment, Tensor table, Tensor columns, int[] passes, "
@@ -78,6 +93,12 @@ _op_attention_backward = operator(
     "int[] key_config, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _attention_backward,
     _attention_backward_fake,
+)
+op_attention_decode = operator(
+    f"_attention_decode(Tensor query, Tensor key, Tensor value, Tensor? matrix, {_MORE}, Tensor? fault, "
+    "Tensor[] facts, Tensor tiles, SymInt rows, int[] passes, int[] config, float scale) -> (Tensor, Tensor)",
+    _attention_decode,
+    _attention_decode_fake,
 )
 
 
@@ -259,4 +280,8 @@ def _one_by_one(call: Any, info: Any, in_dims: tuple[Any, ...], inputs: tuple[An
 register_vmap(
     "_attention_backward",
     lambda info, in_dims, *inputs: _one_by_one(_op_attention_backward, info, in_dims, inputs),
+)
+register_vmap(
+    "_attention_decode",
+    lambda info, in_dims, *inputs: _one_by_one(op_attention_decode, info, in_dims, inputs),
 )

@@ -21,7 +21,7 @@ from typing import Any
 from moda_kernels.triton.configs import Launch
 
 #: The modules whose builds are compiled.
-MODULES = ("moda_kernels.triton.grouped", "moda_kernels.triton.attention_builds")
+MODULES = ("moda_kernels.triton.grouped", "moda_kernels.triton.attention_builds", "moda_kernels.triton.decode")
 #: Bytes of shared memory that a block can have (CUDA C++ programming guide, compute capabilities).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 

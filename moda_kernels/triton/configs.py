@@ -85,6 +85,17 @@ class AttentionConfig(Launch):
         return [self.block_q, self.block_k, self.num_warps, self.num_stages]
 
 
+@dataclass(frozen=True)
+class DecodeConfig(Launch):
+    """Keys of a tile where few query rows meet many keys; the tile of queries is as large as they are, 16 or 32."""
+
+    block_k: int
+
+    def numbers(self) -> list[int]:
+        """As operators take them, see `decode.py`."""
+        return [self.block_k, self.num_warps, self.num_stages]
+
+
 GramTable = Mapping[int, Mapping[int, Mapping[int, GramConfig]]]
 ProjectTable = Mapping[int, Mapping[int, Mapping[int, ProjectConfig]]]
 
@@ -173,8 +184,18 @@ BACKWARD_KEYS: AttentionTable = {
     100: {16: {64: _A(8, 2, 64, 128), 128: _A(8, 2, 64, 128), 256: _A(8, 2, 32, 32)}, 32: _KEYS_32},
 }
 
+# Few query rows against many keys: memory decides, so what counts is how many bytes are on their way. Which keys are
+# read at all depends on their positions, which are loaded first: of five stages three go to that, and two tiles of
+# keys and values are fetched ahead, 64 KB. 4 warps would run out of registers with a mask or a bias. A larger head
+# size takes fewer keys. 32 bits: products without tensor cores, from registers.
+DecodeTable = Mapping[int, Mapping[int, Mapping[int, DecodeConfig]]]
+_DECODE_16 = {64: DecodeConfig(8, 5, 128), 128: DecodeConfig(8, 5, 64), 256: DecodeConfig(8, 3, 32)}
+_DECODE_32 = {64: DecodeConfig(4, 2, 32), 128: DecodeConfig(8, 2, 32), 256: DecodeConfig(8, 1, 16)}
+DECODE: DecodeTable = {capability: {16: _DECODE_16, 32: _DECODE_32} for capability in ARCHITECTURES}
+
 #: In the interpreter time goes by operations, and shapes of a few dozen tokens should still make several tiles.
 INTERPRETED = {"forward": _A(1, 1, 32, 16), "query": _A(1, 1, 16, 32), "keys": _A(1, 1, 32, 32)}
+INTERPRETED_DECODE = DecodeConfig(1, 1, 16)
 
 #: What MODA_KERNELS_AUTOTUNE=1 tries beside the table's own entry.
 CANDIDATES = {

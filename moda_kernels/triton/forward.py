@@ -103,8 +103,10 @@ def _pass(
         b_modality = tl.load(p_row_modality + row + o_row, mask=o_row < rows, other=-1)
         p_row = p_bias + i_batch * s_bn + i_head * s_bh + tl.maximum(b_modality, 0) * s_ba + i_modality * s_bb
         b_shift = tl.load(p_row).to(tl.float32) * LOG2E
-        b_shift = tl.where(b_shift < LOWEST, LOWEST, b_shift)
-        b_max -= b_shift
+        # A bias of -inf hides the keys: under a maximum that no score reaches they weigh nothing.
+        hidden = b_shift < LOWEST
+        b_before = b_max
+        b_max = tl.where(hidden, -LOWEST, b_max - b_shift)
     i_list = (i_pass * tiles + i_tile).to(tl.int64)
     p_list = p_lists + i_list * width
     full, every = tl.load(p_counts + i_list * 2), tl.load(p_counts + i_list * 2 + 1)
@@ -120,7 +122,7 @@ def _pass(
         D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, True, MASK, PRECISION,
     )  # fmt: skip
     if p_bias is not None:
-        b_max += b_shift
+        b_max = tl.where(hidden, b_before, b_max + b_shift)
     return b_acc, b_max, b_sum
 
 
@@ -194,10 +196,6 @@ def attention_forward(
                 )  # fmt: skip
 
         # Close the sum. A row that sees nothing has sum 0: output 0, lse -inf (log P with pseudo scores).
-        if p_bias is not None:
-            nothing = b_max < 0.5 * LOWEST
-            b_sum = tl.where(nothing, 0.0, b_sum)
-            b_max = tl.where(nothing, float("-inf"), b_max)
         b_top = b_max
         if p_base is not None:
             base, decay = tl.load(p_base + i_head), tl.load(p_decay + i_head)

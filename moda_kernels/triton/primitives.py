@@ -49,21 +49,6 @@ def store_rows(p_base, o_row, s_row, b, b_inside, DIM: tl.constexpr, BLOCK_DIM: 
 
 
 @triton.jit
-def load_square(p_base, TRANSPOSED: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
-    """A contiguous DIM × DIM matrix, or its transpose, [BLOCK_DIM, BLOCK_DIM]."""
-    o = tl.arange(0, BLOCK_DIM)
-    if TRANSPOSED:
-        p = p_base + o[None, :] * DIM + o[:, None]
-    else:
-        p = p_base + o[:, None] * DIM + o[None, :]
-    if BLOCK_DIM == DIM:
-        b = tl.load(p)
-    else:
-        b = tl.load(p, mask=(o < DIM)[:, None] & (o < DIM)[None, :], other=0.0)
-    return b
-
-
-@triton.jit
 def turned_rows(
     p_base, o_row, s_row, b_real, p_matrix, p_rest, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     ROWS: tl.constexpr, PRECISION: tl.constexpr,

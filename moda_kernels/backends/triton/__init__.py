@@ -9,11 +9,18 @@ from torch import Tensor
 
 from moda_kernels import alignment, checks, triton
 from moda_kernels.backends.triton import tuning
-from moda_kernels.backends.triton.passes import key_tile_lists, make_passes, pseudo_counts, query_tile_lists, row_facts
+from moda_kernels.backends.triton.passes import (
+    decode_tiles,
+    key_tile_lists,
+    make_passes,
+    pseudo_counts,
+    query_tile_lists,
+    row_facts,
+)
 from moda_kernels.call import AttentionCall
 from moda_kernels.keymap import ModalityMap
 from moda_kernels.layout import ModalityLayout
-from moda_kernels.ops.attention import AttentionPlan, ModaAttention
+from moda_kernels.ops.attention import AttentionPlan, ModaAttention, op_attention_decode
 from moda_kernels.tiles import MAX_MODALITIES, MAX_TOKENS
 from moda_kernels.triton import configs
 
@@ -24,6 +31,12 @@ MAX_HEAD_DIM = 256
 FOLD_FROM = 8
 #: The kernels have no configuration that folds a larger map, or one in float32: the products leave the registers.
 MAX_FOLDED_DIM = 128
+#: Calls without gradients go to the kernels of `moda_kernels.triton.decode` where query rows are few and keys many: up
+#: to 16 rows a sequence (more begin to fill a tile of the forward) and more than 256 keys (fewer are not worth sharing
+#: between programs). A tile has up to 32 rows, query rows times heads of a group; larger ones leave the registers.
+DECODE_ROWS = 16
+DECODE_FROM = 256
+DECODE_TILE = 32
 
 
 class TritonBackend:
@@ -63,14 +76,6 @@ class TritonBackend:
     def _attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         layout, queries, heads = call.layout, call.queries, call.query_heads
         device = call.query.device
-        key, matrix = call.key, None
-        if call.key_map is not None:
-            if folds(call):
-                assert isinstance(call.key_map, ModalityMap)
-                matrix = call.key_map.matrix
-            else:
-                key = alignment.align_keys(key, call.key_map, layout)
-
         base = decay = count = weights = None
         if call.pseudo is not None:
             base, decay = (_per_head(p, heads, device) for p in (call.pseudo.base, call.pseudo.decay))
@@ -78,9 +83,25 @@ class TritonBackend:
         if call.split:
             weights = torch.stack([_per_head(w, heads, device) for w in call.branch_weights])
 
+        key, key_map = call.key, call.key_map
+        matrix = key_map.matrix if isinstance(key_map, ModalityMap) and key_map.foldable else None
+        given = (call.query, key, call.value, matrix, call.pair_bias, base, decay, weights)
+        rows = 0 if _differentiable(*given) else decode_rows(call)
+        if key_map is not None and not (matrix is not None and (rows or folds(call))):
+            key, matrix = alignment.align_keys(key, key_map, layout), None
+
         tensors = (call.query, key, call.value, matrix, call.pair_bias, base, decay, weights)
-        differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        differentiable = _differentiable(*tensors)
         folded = matrix is not None
+        if rows and not differentiable:
+            passes = make_passes(call.mask, call.split, call.pair_bias is not None or folded)
+            facts = list(row_facts(layout, queries, passes, call.mask.window))
+            fault = None if layout.overflow is None else layout.overflow.int()
+            out, lse = op_attention_decode(
+                *tensors, call.attn_mask, count, fault, facts, decode_tiles(queries, rows), rows, list(passes.numbers),
+                decode_configuration(call), call.scale,
+            )  # fmt: skip
+            return out, lse
         chosen = configurations(call, folded)
         if tuning.wanted(device):
 
@@ -154,6 +175,28 @@ def folds(call: AttentionCall) -> bool:
     return keys >= FOLD_FROM * call.layout.num_modalities * call.key.shape[-1]
 
 
+def decode_rows(call: AttentionCall) -> int:
+    """Query rows of a tile where the call is for the decode kernels, as far as sizes say; else 0.
+
+    Of packed documents only the mean is known here; one with more rows takes several tiles.
+    """
+    sequences = call.layout.num_sequences
+    if not sequences or call.query.numel() == 0 or call.layout.num_tokens <= DECODE_FROM * sequences:
+        return 0
+    rows = -(-call.query.shape[0] // sequences) if call.layout.packed else call.query.shape[2]
+    of_tile = DECODE_TILE // (call.query_heads // call.key_heads)
+    return min(rows, of_tile) if rows <= DECODE_ROWS else 0
+
+
+def decode_configuration(call: AttentionCall) -> list[int]:
+    """Block of keys, warps and stages of the decode kernels."""
+    device = call.query.device
+    if device.type != "cuda":
+        return configs.INTERPRETED_DECODE.numbers()
+    bits, size = torch.finfo(call.query.dtype).bits, max(call.query.shape[-1], call.value.shape[-1])
+    return configs.find(configs.DECODE, configs.architecture(device), bits, configs.padded(size)).numbers()
+
+
 def configurations(call: AttentionCall, folded: bool) -> tuple[tuple[int, ...], ...]:
     """Blocks of queries and keys, warps and stages of the forward and of the backward's two kernels."""
     device = call.query.device
@@ -163,6 +206,10 @@ def configurations(call: AttentionCall, folded: bool) -> tuple[tuple[int, ...], 
     size = max(configs.padded(call.query.shape[-1]), configs.padded(call.value.shape[-1]))
     tables = (configs.FOLDED if folded else configs.FORWARD, configs.BACKWARD_QUERY, configs.BACKWARD_KEYS)
     return tuple(tuple(configs.find(table, architecture, bits, size).numbers()) for table in tables)
+
+
+def _differentiable(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _per_head(value: float | Tensor, heads: int, device: torch.device) -> Tensor:

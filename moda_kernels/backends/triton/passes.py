@@ -102,6 +102,28 @@ def _lists(
     return queries.remember(("tile lists", passes.numbers, passes.masks, block_q, block_k, of_queries), make)
 
 
+def decode_tiles(queries: QueryRows, rows: int) -> Tensor:
+    """Tiles of up to `rows` query rows of a sequence, int32 ``[tiles, 3]``: sequence, first row, rows (0: no tile).
+
+    As many as the sizes that the host knows can need: nothing waits for a device.
+    """
+
+    def make() -> Tensor:
+        bounds = queries.cu_seqlens
+        sequences, total = bounds.shape[0] - 1, queries.columns.numel()
+        packed = len(queries.shape) == 1
+        room = (total + sequences * (rows - 1)) // rows if packed else sequences * -(-queries.shape[1] // rows)
+        counts = (bounds.diff() + (rows - 1)) // rows
+        ends = counts.cumsum(0)
+        tile = torch.arange(room, device=bounds.device)
+        sequence = torch.searchsorted(ends, tile, right=True).clamp(max=sequences - 1)
+        first = bounds[sequence] + (tile - (ends - counts)[sequence]) * rows
+        some = torch.where(tile < ends[-1], (bounds[sequence + 1] - first).clamp(max=rows), 0)
+        return torch.stack((sequence, first, some), 1).int()
+
+    return queries.remember(("decode tiles", rows), make)
+
+
 def pseudo_counts(
     layout: ModalityLayout, queries: QueryRows, mask: ModularMask, split: bool, length: int | float | None
 ) -> Tensor:
