@@ -11,7 +11,7 @@ from moda_kernels.diagnostics import ModalDisparity, attention_share, modal_disp
 from moda_kernels.keymap import KeyMap
 from moda_kernels.layout import ModalityLayout, segment_modalities
 from moda_kernels.mask import ModularMask, Visibility
-from moda_kernels.ops import SegmentGram, SegmentProject
+from moda_kernels.ops import ModaAttention, SegmentGram, SegmentProject
 from moda_kernels.pseudo import PseudoAttention
 from moda_kernels.replace import replace_sdpa
 
@@ -26,6 +26,7 @@ __all__ = [
     "DecodeState",
     "DuplexAligner",
     "KeyMap",
+    "ModaAttention",
     "ModalDisparity",
     "ModalityLayout",
     "ModularMask",
