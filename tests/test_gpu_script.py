@@ -97,9 +97,11 @@ def test_the_dry_run_walks_the_whole_way(tmp_path: Path) -> None:
 def test_microbenchmarks_are_collected_only_when_asked_for() -> None:
     pytest.importorskip("pytest_benchmark")
     command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "--collect-only", "-q"]
+    # In a worker of pytest-xdist the plugin would switch itself off.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(
         [*command, "-p", "no:cacheprovider"], cwd=ROOT, capture_output=True, text=True, timeout=200,
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "benchmarks/test_attention.py::test_attention[llava-next-forward-moda-cpu]" in done.stdout

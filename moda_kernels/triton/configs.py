@@ -165,7 +165,7 @@ FORWARD: AttentionTable = {
 # 256 and for 32 bits: the product with the matrix leaves the registers, so such maps are written.
 FOLDED: AttentionTable = {
     80: {16: {64: _A(8, 3, 128, 64), 128: _A(8, 3, 128, 64)}},
-    90: {16: {64: _A(8, 3, 128, 64), 128: _A(8, 3, 128, 64)}},
+    90: {16: {64: _A(8, 3, 128, 64), 128: _A(8, 2, 128, 64)}},
     100: {16: {64: _A(8, 3, 128, 64), 128: _A(8, 3, 128, 64)}},
 }
 

@@ -65,6 +65,9 @@ class CpuBackend:
         layout = call.layout
         key = call.key if call.key_map is None else alignment.align_keys(call.key, call.key_map, layout)
         q, k, v = (x.transpose(0, 1)[None] if layout.packed else x for x in (call.query, key, call.value))
+        scale = call.scale
+        if scale == 0:  # ATen's kernel multiplies its own -inf by it
+            q, scale = q * 0, 1.0
         value_dim = v.shape[-1]
         if call.pair_bias is not None:
             q, k = _with_bias_columns(q, k, call)
@@ -75,7 +78,7 @@ class CpuBackend:
         def part(mask: ModularMask, same: bool | None) -> tuple[Tensor, Tensor]:
             """One softmax over what a mask shows; `same`: its keys' modality against the query's, None: both."""
             extra = None if call.pseudo is None else _log_pseudo(call, mask, same)
-            out, lse = RectangleAttention.apply(q, k, v, extra, attn_mask, self.jobs(call, mask), call.scale)
+            out, lse = RectangleAttention.apply(q, k, v, extra, attn_mask, self.jobs(call, mask), scale)
             # A slice of everything would cost a copy in the backward.
             return out if value_dim == dim else out[..., :value_dim], lse
 
