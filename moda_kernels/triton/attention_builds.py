@@ -37,6 +37,8 @@ STACK = {
 
 #: And with head sizes beyond 128, where accumulators alone take half of the registers.
 WIDE_STACK = 64
+#: And in split attention, which keeps more between its two softmaxes (sm_90: 8 bytes, sm_80: 104 with a bias).
+SPLIT_STACK = 128
 
 #: Pointers to numbers of the inputs' type; other floats are float32, all else int32.
 _INPUTS = ("p_q", "p_k", "p_v", "p_out", "p_parts", "p_dout", "p_dq", "p_dk", "p_dv", "p_matrix",
@@ -87,7 +89,9 @@ def attention_build(
         constants=constants,
         config=config,
         divisible_by_16=tuple(name for name in types if name[:2] == "s_" and name[2] in "qkvodge" and name[3] in "bht"),
-        stack_allowance=STACK[kind, capability] if padded(head_dim) <= 128 else WIDE_STACK,
+        stack_allowance=max(
+            STACK[kind, capability] if padded(head_dim) <= 128 else WIDE_STACK, SPLIT_STACK if split else 0
+        ),
         gate=gate,
     )
 
@@ -124,7 +128,9 @@ def builds() -> Iterator[Build]:
             if kind == "forward":
                 variants += [(("pseudo",), 1), (("fault",), 1), (("split", "pseudo"), 2)]
             for features, passes in variants:
-                yield attention_build(kind, capability, config, 128, "bf16", features, passes)
+                masked = configs.find(configs.MASKED, capability, 16, 128)
+                chosen = masked if kind == "forward" and "mask" in features else config
+                yield attention_build(kind, capability, chosen, 128, "bf16", features, passes)
             for size in (40, 80, 96):
                 narrow = configs.find(TABLES[kind], capability, 16, padded(size))
                 yield attention_build(kind, capability, narrow, size)

@@ -161,6 +161,13 @@ FORWARD: AttentionTable = {
     100: {16: {64: _A(8, 3, 128, 64), 128: _A(8, 3, 128, 64), 256: _A(8, 2, 128, 32)}, 32: _FORWARD_32},
 }
 
+# With an attn_mask its entries and their addresses take registers too: narrower tiles.
+MASKED: AttentionTable = {
+    80: {16: {128: _A(8, 2, 64, 32), 256: _A(8, 2, 64, 32)}, 32: _FORWARD_32},
+    90: {16: {128: _A(8, 2, 128, 32), 256: _A(8, 2, 64, 32)}, 32: _FORWARD_32},
+    100: {16: {128: _A(8, 2, 128, 32), 256: _A(8, 2, 64, 32)}, 32: _FORWARD_32},
+}
+
 # With a key map: the turned query stays in registers, where the query itself is read from shared memory. No entries for
 # 256 and for 32 bits: the product with the matrix leaves the registers, so such maps are written.
 FOLDED: AttentionTable = {

@@ -204,7 +204,8 @@ def configurations(call: AttentionCall, folded: bool) -> tuple[tuple[int, ...], 
         return tuple(tuple(configs.INTERPRETED[kind].numbers()) for kind in ("forward", "query", "keys"))
     architecture, bits = configs.architecture(device), torch.finfo(call.query.dtype).bits
     size = max(configs.padded(call.query.shape[-1]), configs.padded(call.value.shape[-1]))
-    tables = (configs.FOLDED if folded else configs.FORWARD, configs.BACKWARD_QUERY, configs.BACKWARD_KEYS)
+    forward = configs.FORWARD if call.attn_mask is None else configs.MASKED
+    tables = (configs.FOLDED if folded else forward, configs.BACKWARD_QUERY, configs.BACKWARD_KEYS)
     return tuple(tuple(configs.find(table, architecture, bits, size).numbers()) for table in tables)
 
 
