@@ -165,7 +165,7 @@ FORWARD: AttentionTable = {
 MASKED: AttentionTable = {
     80: {16: {128: _A(8, 2, 64, 32), 256: _A(8, 2, 64, 32)}, 32: _FORWARD_32},
     90: {16: {128: _A(8, 2, 128, 32), 256: _A(8, 2, 64, 32)}, 32: _FORWARD_32},
-    100: {16: {128: _A(8, 2, 128, 32), 256: _A(8, 2, 64, 32)}, 32: _FORWARD_32},
+    100: {16: {128: _A(8, 2, 64, 32), 256: _A(8, 2, 64, 32)}, 32: _FORWARD_32},
 }
 
 # With a key map: the turned query stays in registers, where the query itself is read from shared memory. No entries for
