@@ -109,8 +109,11 @@ class AttentionCall:
             )
         if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float)):
             raise checks.wrong_type("scale", "a float or None", scale)
-        if scale is not None and not math.isfinite(scale):
-            raise checks.wrong_value("scale", "a finite number", scale)
+        if scale is not None:
+            # Kernels take it in the dtype of the scores, some as a multiple: neither may become 0 or infinite.
+            least = torch.finfo(torch.promote_types(query.dtype, torch.float32)).tiny
+            if scale != 0 and not least <= abs(scale) <= 1 / least:
+                raise checks.wrong_value("scale", f"0 or a finite number from {least:.2g} to {1 / least:.2g}", scale)
         checks.choice("duplex", duplex, ("joint", "split"))
         if branch_weights is not None and duplex == "joint":
             raise checks.wrong_value("branch_weights", "None unless duplex='split'", "weights with duplex='joint'")

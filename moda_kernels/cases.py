@@ -342,6 +342,7 @@ CASES: tuple[Case, ...] = (
     Case("joint_fusion", lambda m: ModularMask.fusion(m, [0], causal=True), modalities=3),
     Case("joint_many_modalities", ModularMask.self_only, modalities=6, bias="own", padding=("middle", "none")),
     Case("joint_negative_scale", _within, scale=-0.7),
+    Case("joint_negative_scale_causal", scale=-0.7, padding=("none", "left")),
     Case("joint_no_scale", scale=0.0),
     Case("joint_one_modality", modalities=1, padding=("none",)),
     Case("joint_length_one", length=1, padding=("none", "none")),

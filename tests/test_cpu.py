@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moda_kernels as mk
-from moda_kernels import backends
+from moda_kernels import backends, testing
 from moda_kernels.backends.cpu import CpuBackend
 from moda_kernels.backends.cpu.plan import PlanCost, make_jobs, size_of
 from moda_kernels.mask import Visibility
@@ -140,6 +140,47 @@ def test_agrees_with_the_reference(seed: int) -> None:
         results.append([out, torch.where(torch.isneginf(lse), -1e6, lse), *grads])
     for expected, got in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("scale", [-0.125, -1e-20, -0.0, 1e-20, -0.5])
+def test_a_scale_of_any_sign_where_the_kernel_masks(scale: float, dtype: torch.dtype) -> None:
+    """ATen's kernel multiplies its own -inf by the scale; torch's own causal SDPA gives NaN there."""
+    for case in (
+        testing.Case("causal", scale=scale, modalities=1, padding=("none",)),
+        testing.Case("windowed", lambda m: mk.ModularMask([[1] * m] * m, 20), scale=scale, attn_mask="bool"),
+    ):
+        testing.check(case, dtype, "cpu", length=100)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("scale", [-0.3, 1e-5, -1e-5, 40.0])
+def test_pair_bias_with_any_scale(scale: float, dtype: torch.dtype) -> None:
+    inputs = testing.Case("biased", bias="own", scale=scale).build(dtype)
+    if scale == 40.0:
+        inputs.tensors["query"] /= 64
+    testing.check(inputs, dtype, "cpu")
+
+
+def test_pair_bias_that_bias_columns_cannot_hold_is_refused() -> None:
+    layout = three_images(32, (8,))
+
+    def attend(dtype: torch.dtype, bias: float, scale: float) -> Tensor:
+        q = torch.randn(1, 1, 32, 8, dtype=dtype)
+        table = torch.full((1, 1, 2, 2), bias)
+        return mk.moda_attention(q, q, q, layout=layout, pair_bias=table, scale=scale, backend="cpu")
+
+    lowest = torch.finfo(torch.float32).min
+    for dtype, bias, scale, reason in (
+        (torch.float16, 1.0, 1e-9, "nearer to 1"),
+        (torch.float16, 6e4, 1.0, "larger than 3.28e"),
+        (torch.float32, lowest, 1.0, "larger than 1.7e"),
+        (torch.bfloat16, -1e9, -1e-30, "larger than 1.7e"),
+    ):
+        with pytest.raises(NotImplementedError, match=f"pair_bias in .* {reason}"):
+            attend(dtype, bias, scale)
+    for bias in (lowest / 16, -1e20):  # a number that hides all the same
+        assert bool(torch.isfinite(attend(torch.float32, bias, 0.3)).all())
 
 
 def three_images(length: int, images: tuple[int, ...]) -> mk.ModalityLayout:

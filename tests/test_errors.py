@@ -239,6 +239,8 @@ REFUSED: dict[str, tuple[Any, type[Exception], str, str, str]] = {
         V, "key_map", "2 x 5", "7"),
     # torch SDPA's own
     "scale not a number": (lambda: call(scale=NAN), V, "scale", "finite", "nan"),
+    "scale that float32 has only as 0": (lambda: call(scale=-1e-40), V, "scale", "0 or a finite number", "-1e-40"),
+    "scale that float32 has only as inf": (lambda: call(scale=10**400), V, "scale", "0 or a finite number", "1000"),
     "scale as tensor": (lambda: call(scale=torch.tensor(1.0)), T, "scale", "a float", r"\(\)"),
     "dropout": (lambda: call(dropout_p=0.1), NotImplementedError, "dropout_p", "use dropout_p=0.0", "0.1"),
     "no probability": (lambda: call(dropout_p=1.5), V, "dropout_p", "probability", "1.5"),

@@ -44,10 +44,7 @@ class CpuBackend:
         if call.attn_mask is not None and call.attn_mask.requires_grad:
             reasons.append("it has no gradient for attn_mask")
         if call.pair_bias is not None and not reasons:
-            if call.scale == 0:
-                reasons.append("pair_bias needs a scale other than 0")
-            if not bool(torch.isfinite(call.pair_bias).all()):
-                reasons.append("pair_bias must be finite")
+            reasons += _why_not_columns(call.pair_bias, call.scale, call.query.dtype)
         return reasons
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -66,11 +63,11 @@ class CpuBackend:
         key = call.key if call.key_map is None else alignment.align_keys(call.key, call.key_map, layout)
         q, k, v = (x.transpose(0, 1)[None] if layout.packed else x for x in (call.query, key, call.value))
         scale = call.scale
-        if scale == 0:  # ATen's kernel multiplies its own -inf by it
-            q, scale = q * 0, 1.0
+        if scale <= 0:  # ATen's kernel multiplies its own -inf by it: the query is turned instead
+            q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
         value_dim = v.shape[-1]
         if call.pair_bias is not None:
-            q, k = _with_bias_columns(q, k, call)
+            q, k = _with_bias_columns(q, k, call, scale)
         dim = max(q.shape[-1], v.shape[-1])
         q, k, v = (x if x.shape[-1] == dim else F.pad(x, (0, dim - x.shape[-1])) for x in (q, k, v))
         attn_mask = None if call.attn_mask is None else _additive(call.attn_mask, compute_dtype(q))
@@ -121,17 +118,41 @@ def _additive(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
     return attn_mask.to(dtype)[(None,) * (4 - attn_mask.dim())]
 
 
-def _with_bias_columns(q: Tensor, k: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
+def _column_unit(scale: float, dtype: torch.dtype) -> float:
+    """What the bias columns of the keys hold: the power of two next to 1 / scale, of those that a dtype has."""
+    most = -round(math.log2(torch.finfo(dtype).tiny))
+    return 2.0 ** min(max(-round(math.log2(scale)), -most), most)
+
+
+def _why_not_columns(pair_bias: Tensor, scale: float, dtype: torch.dtype) -> list[str]:
+    """Every reason why `_with_bias_columns` can't write a pair bias."""
+    if scale == 0:
+        return ["pair_bias needs a scale other than 0"]
+    if not bool(torch.isfinite(pair_bias).all()):
+        return ["pair_bias must be finite"]
+    factor = abs(scale) * _column_unit(abs(scale), dtype)
+    if not 2**-8 <= factor <= 2**8:
+        return [f"pair_bias in {dtype} needs a scale nearer to 1 than {scale:.3g}"]
+    # Rows hold bias / factor; the kernel adds up bias / scale, and half of its range is left to the query's products.
+    wide = torch.promote_types(dtype, torch.float32)
+    most = min(torch.finfo(dtype).max * factor, torch.finfo(wide).max * min(abs(scale), 1.0)) / 2
+    if pair_bias.numel() and float(pair_bias.detach().abs().max()) > most:
+        return [f"pair_bias in {dtype} with a scale of {scale:.3g} must not be larger than {most:.3g}"]
+    return []
+
+
+def _with_bias_columns(q: Tensor, k: Tensor, call: AttentionCall, scale: float) -> tuple[Tensor, Tensor]:
     """q and k with columns whose product is pair_bias[m(i), m(j)] / scale: one per modality, in low precision three
     (a number as the sum of three roundings keeps 24 bits in bfloat16)."""
     assert call.pair_bias is not None
     layout, queries = call.layout, call.queries
     wide = compute_dtype(q)
+    unit = _column_unit(scale, q.dtype)
     modality, sequence = queries.of(layout.modality).clamp(min=0).long(), queries.of(layout.sequence, 0).long()
-    one_hot = F.one_hot(layout.modality.clamp(min=0).long(), layout.num_modalities).to(k.dtype)
+    one_hot = F.one_hot(layout.modality.clamp(min=0).long(), layout.num_modalities).to(k.dtype) * unit
     if layout.packed:
         modality, sequence, one_hot = modality[None], sequence[None], one_hot[None]
-    bias = (call.pair_bias.to(wide) / call.scale).expand(layout.num_sequences, -1, -1, -1)
+    bias = (call.pair_bias.to(wide) / (scale * unit)).expand(layout.num_sequences, -1, -1, -1)
     rows = bias[sequence, :, modality].transpose(1, 2).expand(-1, call.query_heads, -1, -1)  # [B, Hq, Lq, M]
     parts = []
     for _ in range(1 if q.dtype == wide else 3):
