@@ -106,7 +106,7 @@ def moda_attention(
         key: ``[B, Hkv, L, D]``, packed ``[T, Hkv, D]``, not aligned (``key_map`` does that).
         value: ``[B, Hkv, L, E]``, packed ``[T, Hkv, E]``.
         attn_mask: as in torch SDPA: bool (True: take part) or float (added to the scores), broadcast to
-            ``[B, Hq, Lq, L]``; on top of ``mask``. Not with packed layouts.
+            ``[B, Hq, Lq, L]``; on top of ``mask``; torch's ``CausalBias`` too. Not with packed layouts.
         dropout_p: with modality arguments only 0.0.
         is_causal: without ``mask``: a causal mask in place of a full one.
         scale: τ⁻¹. Default: 1/√D.

@@ -12,7 +12,7 @@ from moda_kernels.alignment import as_layout
 from moda_kernels.decoding import DecodeState, LayerState, layer_of
 from moda_kernels.keymap import KeyMap
 from moda_kernels.layout import ModalityLayout, QueryRows
-from moda_kernels.mask import ModularMask
+from moda_kernels.mask import ModularMask, Visibility
 from moda_kernels.pseudo import PseudoAttention
 
 
@@ -97,9 +97,13 @@ class AttentionCall:
         query, key, value = _autocast(layout.device, query, key, value)
         _check_shapes(query, key, value, layout, enable_gqa)
         queries = layout.queries(query.shape[0] if layout.packed else query.shape[2], query_start, cu_seqlens_q)
+        replaceable = mask is None and not is_causal and pseudo is None
         if mask is None:
             mask = (ModularMask.causal if is_causal else ModularMask.full)(layout.num_modalities)
         mask.check_layout(layout)
+        if checks.is_causal_bias(attn_mask):
+            rows = None if layout.packed else query.shape[2]
+            mask, attn_mask = _read_causal_bias(attn_mask, mask, replaceable, layout, rows, query_start)
         heads = query.shape[1]
         if not isinstance(dropout_p, int | float) or not 0 <= dropout_p <= 1:
             raise checks.wrong_value("dropout_p", "a probability", dropout_p)
@@ -200,6 +204,27 @@ def _check_attn_mask(attn_mask: Tensor, query: Tensor, key: Tensor, layout: Moda
     if not fits:
         raise checks.wrong_value("attn_mask", f"a shape that broadcasts to [B, Hq, Lq, Lk] = {full}", attn_mask)
     checks.same_device("attn_mask", attn_mask, layout.device, "the layout")
+
+
+def _read_causal_bias(
+    bias: Any, mask: ModularMask, replaceable: bool, layout: ModalityLayout, rows: int | None, query_start: Any
+) -> tuple[ModularMask, Tensor | None]:
+    """Mask and attn_mask that say what torch's CausalBias says: by rules where these can, else as the bools it stands
+    for. (Like any attn_mask it changes no number of visible keys, so pseudo scores keep it from becoming rules.)"""
+    if rows is None:
+        raise checks.wrong_value("attn_mask", "None with a packed layout", bias)
+    keys, size = layout.modality.shape[1], (bias.seq_len_q, bias.seq_len_kv)
+    if size != (rows, keys):
+        raise checks.wrong_value("attn_mask", f"a CausalBias of Lq x L = {rows} x {keys}", f"{size[0]} x {size[1]}")
+    last = keys - rows
+    offset = last if bias.variant.name == "LOWER_RIGHT" else 0  # row i sees columns up to i + offset
+    start = last if query_start is None else query_start
+    if isinstance(start, int) and start == offset:  # row i stands in that column
+        if replaceable:
+            return ModularMask.causal(layout.num_modalities), None
+        if not any(rule & ~Visibility.PAST for row in mask.rules for rule in row):
+            return mask, None
+    return mask, torch.ones(rows, keys, dtype=torch.bool, device=layout.device).tril(offset)
 
 
 def _check_pair_bias(pair_bias: Tensor, layout: ModalityLayout, heads: int) -> None:

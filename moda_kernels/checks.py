@@ -3,19 +3,36 @@
 Every message names the argument, what was expected and what came.
 """
 
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 INTEGER_DTYPES = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+#: Other kinds of tensors: what to give in their place.
+_INSTEAD = {
+    "NestedTensor": "documents of different lengths: a packed layout, made with cu_seqlens",
+    "MaskedTensor": "its data, with modality -1 for what is hidden",
+    "DTensor": "the part that is here: to_local()",
+    "AsyncCollectiveTensor": "what it waits for: wait()",
+    "CausalBias": "it is understood as attn_mask only",
+}
 
 
 def describe(value: Any) -> str:
     """Short description of a value for an error message."""
     if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}, {value.dtype}, {value.device}"
+        kind = "a tensor" if type(value) in _PLAIN else f"a {type(value).__name__}"
+        # Sequences of different lengths have no shape.
+        shown = "a nested tensor" if value.is_nested else f"{kind} of shape {tuple(value.shape)}"
+        strided = "" if value.layout == torch.strided else f"{value.layout}, "
+        return f"{shown}, {strided}{value.dtype}, {value.device}"
     text = repr(value)
     return f"{text if len(text) <= 80 else text[:79] + '…'} ({type(value).__name__})"
 
@@ -29,9 +46,30 @@ def wrong_type(name: str, expected: str, got: Any) -> TypeError:
 
 
 def tensor(name: str, value: object) -> Tensor:
+    """A tensor whose numbers lie in memory as its shape and strides say; another kind would be read as if they did."""
     if not isinstance(value, Tensor):
         raise wrong_type(name, "a tensor", value)
+    kind = type(value)
+    # These two stand for plain tensors while torch.compile and torch.export trace.
+    if kind not in _PLAIN and not isinstance(value, FakeTensor | FunctionalTensor):
+        instead = _INSTEAD.get(kind.__name__)
+        raise wrong_type(name, "a plain torch.Tensor" + (f" ({instead})" if instead else ""), value)
+    if value.is_nested:
+        raise wrong_type(name, f"a plain torch.Tensor ({_INSTEAD['NestedTensor']})", value)
+    if value.layout != torch.strided or value.is_quantized:
+        raise wrong_type(name, "a dense tensor", value)
+    if not torch.compiler.is_compiling() and torch._C._is_tracing():
+        raise NotImplementedError(
+            f"{name}: expected a call outside torch.jit.trace, which would keep what one layout has led to for all "
+            "others (use torch.compile or torch.export), got a traced tensor"
+        )
     return value
+
+
+def is_causal_bias(value: object) -> bool:
+    """Whether a value is torch's CausalBias. (Its module takes long to import; who has one has imported it.)"""
+    module = None if type(value) in _PLAIN else sys.modules.get("torch.nn.attention.bias")
+    return module is not None and isinstance(value, module.CausalBias)
 
 
 def integer_tensor(name: str, value: object) -> Tensor:
@@ -67,6 +105,13 @@ def shape(name: str, value: Tensor, expected: Sequence[int], axes: str) -> None:
 def same_device(name: str, value: Tensor, device: torch.device, like: str) -> None:
     if value.device != device:
         raise wrong_value(name, f"a tensor on {device}, where {like} is", value)
+    has_numbers(name, value)
+
+
+def has_numbers(name: str, value: Tensor) -> None:
+    """A tensor on the meta device has a shape alone."""
+    if value.device.type == "meta":
+        raise wrong_value(name, "a tensor with numbers (for shapes alone: torch.compile or torch.export)", value)
 
 
 def looks_at_values(device: torch.device) -> bool:

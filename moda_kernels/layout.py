@@ -394,7 +394,7 @@ _op_segment_table = operator(
 
 def _check_arguments(modality_ids: Tensor, item_ids: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     """Shapes, dtypes and devices; returns cu_seqlens, made for a batch."""
-    checks.integer_tensor("modality_ids", modality_ids)
+    checks.has_numbers("modality_ids", checks.integer_tensor("modality_ids", modality_ids))
     if item_ids is not None:
         checks.integer_tensor("item_ids", item_ids)
         checks.shape("item_ids", item_ids, modality_ids.shape, "of modality_ids")
