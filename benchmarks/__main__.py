@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.readme import RESULTS
-from moda_kernels import bench
+from moda_kernels.commands import bench
 
 
 def result_file(device: str | None) -> Path:

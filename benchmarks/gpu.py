@@ -198,7 +198,7 @@ def _cut(text: str, characters: int, end: bool = False) -> str:
 def figures(path: str, dry: bool) -> None:
     """Prints a table and the targets of a result file; imports torch, so it runs in a process of its own."""
     from benchmarks import targets
-    from moda_kernels.bench import results, tables
+    from moda_kernels.commands.bench import results, tables
 
     records = results.read(Path(path))
     ours = "moda-cpu" if dry else targets.OURS

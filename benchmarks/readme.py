@@ -8,8 +8,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from moda_kernels.bench import pieces, results
-from moda_kernels.bench.results import Record
+from moda_kernels.commands.bench import pieces, results
+from moda_kernels.commands.bench.results import Record
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moda_kernels import ModularMask, native, segment_modalities
-from moda_kernels.bench import results
-from moda_kernels.layout import segment_table_torch, segment_tokens_torch
-from moda_kernels.tiles import _capacities, tile_lists_torch
+from moda_kernels import ModularMask, segment_modalities
+from moda_kernels.commands.bench import results
+from moda_kernels.runtime import native
+from moda_kernels.tokens.segments import segment_table_torch, segment_tokens_torch
+from moda_kernels.tokens.tiles import _capacities, tile_lists_torch
 
 Call = Callable[[], tuple[Tensor, ...]]
 MODALITIES = 3

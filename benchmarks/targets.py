@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moda_kernels.bench import results
-from moda_kernels.bench.results import Record
+from moda_kernels.commands.bench import results
+from moda_kernels.commands.bench.results import Record
 
 OURS = "moda-triton"
 MODALITY_LAYOUTS = ("llava-next", "qwen2-vl-8")

@@ -8,11 +8,11 @@ interleaved: for comparisons that are published there is `python -m moda_kernels
 import pytest
 import torch
 
-from moda_kernels.bench import pieces, runner
-from moda_kernels.bench.cases import MODES, Case, can
-from moda_kernels.bench.layouts import LAYOUTS
-from moda_kernels.bench.peers import PEERS
-from moda_kernels.bench.plans import CPU_SHAPE, CUDA_SHAPE
+from moda_kernels.commands.bench import pieces, runner
+from moda_kernels.commands.bench.cases import MODES, Case, can
+from moda_kernels.commands.bench.layouts import LAYOUTS
+from moda_kernels.commands.bench.peers import PEERS
+from moda_kernels.commands.bench.plans import CPU_SHAPE, CUDA_SHAPE
 
 pytest.importorskip("pytest_benchmark")
 from pytest_benchmark.fixture import BenchmarkFixture

@@ -122,7 +122,7 @@ void tile_lists(int device, Address stream, Address workspace, int sequences, in
 PYBIND11_MODULE(MODA_MODULE, module) {
   using namespace pybind11::literals;
   using Unlocked = py::call_guard<py::gil_scoped_release>;
-  module.doc() = "Segmentation and tile lists in C++ and CUDA; use it through moda_kernels.native.";
+  module.doc() = "Segmentation and tile lists in C++ and CUDA; use it through moda_kernels.runtime.native.";
   module.attr("WITH_CUDA") = kWithCuda;
   module.attr("CUDA_ARCHITECTURES") = MODA_CUDA_ARCHITECTURES;
   module.attr("CUDA_RUNTIME") = runtime_version();

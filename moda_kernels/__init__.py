@@ -2,20 +2,25 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from moda_kernels import mkl, reference
-from moda_kernels.alignment import DuplexAligner, align_keys, gram_affinity, modality_gram, released_key_map
+from moda_kernels import reference
+from moda_kernels.alignment.aligner import DuplexAligner
+from moda_kernels.alignment.gram import gram_affinity, modality_gram
+from moda_kernels.alignment.maps import KeyMap, align_keys
+from moda_kernels.alignment.memory import DecodeState
+from moda_kernels.alignment.released import released_key_map
 from moda_kernels.attention import moda_attention
 from moda_kernels.backends import use_backend
-from moda_kernels.decoding import DecodeState
+from moda_kernels.backends.triton.operators import ModaAttention
 from moda_kernels.diagnostics import ModalDisparity, attention_share, modal_disparity, plot_attention_share
-from moda_kernels.keymap import KeyMap
-from moda_kernels.layout import ModalityLayout, segment_modalities
-from moda_kernels.mask import ModularMask, Visibility
-from moda_kernels.ops import ModaAttention, SegmentGram, SegmentProject
-from moda_kernels.pseudo import PseudoAttention
+from moda_kernels.products import SegmentGram, SegmentProject
 from moda_kernels.replace import replace_sdpa
+from moda_kernels.runtime import mkl_race
+from moda_kernels.tokens.layout import ModalityLayout
+from moda_kernels.tokens.mask import ModularMask, Visibility
+from moda_kernels.tokens.pseudo import PseudoAttention
+from moda_kernels.tokens.segments import segment_modalities
 
-mkl.choose_kernels()
+mkl_race.choose_kernels()
 
 try:
     __version__ = version("moda_kernels")

@@ -4,7 +4,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from moda_kernels import __version__, bench, demo, doctor, verify
+from moda_kernels import __version__
+from moda_kernels.commands import bench, demo, doctor, verify
 
 COMMANDS = {
     "bench": (bench, "side by side with what you might use instead: table, result file, picture"),

@@ -6,12 +6,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moda_kernels import backends
+from moda_kernels.alignment.maps import KeyMap
+from moda_kernels.alignment.memory import DecodeState, LayerState
 from moda_kernels.call import AttentionCall
-from moda_kernels.decoding import DecodeState, LayerState
-from moda_kernels.keymap import KeyMap
-from moda_kernels.layout import ModalityLayout
-from moda_kernels.mask import ModularMask
-from moda_kernels.pseudo import PseudoAttention
+from moda_kernels.tokens.layout import ModalityLayout
+from moda_kernels.tokens.mask import ModularMask
+from moda_kernels.tokens.pseudo import PseudoAttention
 
 Weight = float | Tensor
 

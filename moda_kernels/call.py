@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moda_kernels import checks
-from moda_kernels.alignment import as_layout
-from moda_kernels.decoding import DecodeState, LayerState, layer_of
-from moda_kernels.keymap import KeyMap
-from moda_kernels.layout import ModalityLayout, QueryRows
-from moda_kernels.mask import ModularMask, Visibility
-from moda_kernels.pseudo import PseudoAttention
+from moda_kernels.alignment.maps import KeyMap
+from moda_kernels.alignment.memory import DecodeState, LayerState, layer_of
+from moda_kernels.runtime import checks
+from moda_kernels.tokens.layout import ModalityLayout, QueryRows
+from moda_kernels.tokens.mask import ModularMask, Visibility
+from moda_kernels.tokens.pseudo import PseudoAttention
+from moda_kernels.tokens.segments import as_layout
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moda_kernels import checks
-from moda_kernels.alignment import as_layout
 from moda_kernels.attention import moda_attention
-from moda_kernels.grouped import compute_dtype
-from moda_kernels.layout import ModalityLayout, QueryRows
-from moda_kernels.mask import ModularMask
+from moda_kernels.products.twin import compute_dtype
+from moda_kernels.runtime import checks
+from moda_kernels.tokens.layout import ModalityLayout, QueryRows
+from moda_kernels.tokens.mask import ModularMask
+from moda_kernels.tokens.segments import as_layout
 
 
 def attention_share(

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moda_kernels import alignment, checks
+from moda_kernels.alignment.aligner import aligner, maps
+from moda_kernels.alignment.maps import KeyMap, ModalityMap
+from moda_kernels.alignment.memory import DecodeState, LayerState, layer_of
 from moda_kernels.call import AttentionCall
-from moda_kernels.decoding import DecodeState, LayerState, layer_of
-from moda_kernels.grouped import compute_dtype
-from moda_kernels.keymap import KeyMap, ModalityMap
-from moda_kernels.layout import ModalityLayout
+from moda_kernels.products.twin import compute_dtype
+from moda_kernels.runtime import checks
+from moda_kernels.tokens.layout import ModalityLayout
+from moda_kernels.tokens.segments import as_layout
 
 __all__ = [
     "DuplexAligner",
@@ -98,7 +100,7 @@ def segment_modalities(
 
 def modality_gram(x: Tensor, y: Tensor, layout: ModalityLayout, by: str = "modality") -> Tensor:
     """G = Σ x_tᵀ y_t over the tokens of each modality ``[N, M, H, D, E]``, or of each segment ``[S, H, D, E]``."""
-    xs, ys = alignment.to_tokens("x", x, layout), alignment.to_tokens("y", y, layout)
+    xs, ys = maps.to_tokens("x", x, layout), maps.to_tokens("y", y, layout)
     dtype = compute_dtype(xs, ys)
     outer = xs.to(dtype)[..., :, None] * ys.to(dtype)[..., None, :]
     group = layout.groups(by)
@@ -115,7 +117,7 @@ def _norm(gram: Tensor, norm: str) -> Tensor:
     return normed
 
 
-class DuplexAligner(alignment.DuplexAligner):
+class DuplexAligner(aligner.DuplexAligner):
     """The aligner of the package, its fused keys computed token by token from Eq. 5-6."""
 
     def forward(
@@ -134,8 +136,8 @@ class DuplexAligner(alignment.DuplexAligner):
                 raise checks.wrong_value("key", f"the keys of all {memory.state.length} tokens", key)
         elif layout is None:
             raise checks.wrong_value("layout", "a ModalityLayout, modality ids, or state", None)
-        layout = alignment.as_layout(layout, self.num_modalities)
-        return _TokenMap(self, alignment.to_tokens("key", key, layout), layout)
+        layout = as_layout(layout, self.num_modalities)
+        return _TokenMap(self, maps.to_tokens("key", key, layout), layout)
 
     def fused_keys(self, key: Tensor, layout: ModalityLayout) -> Tensor:
         """k' of every key, in the shape of ``key``.
@@ -143,8 +145,8 @@ class DuplexAligner(alignment.DuplexAligner):
         For token t of modality m: R = Σ k_jᵀ k_j over the other modalities' tokens j of the sequence (scope "causal":
         those before t), normed; k̂ = k_t R̂; k' = k + ρ ⊙ k̂, or (k + ρ ⊙ k̂) Wᵀ, or [k ; k̂] Wᵀ.
         """
-        tokens = alignment.to_tokens("key", key, layout)
-        return alignment.from_tokens(self._fused(tokens, tokens, layout), layout)
+        tokens = maps.to_tokens("key", key, layout)
+        return maps.from_tokens(self._fused(tokens, tokens, layout), layout)
 
     def _fused(self, source: Tensor, tokens: Tensor, layout: ModalityLayout) -> Tensor:
         """k' of `tokens` with Gram sums over `source`, both ``[tokens, H, D]``."""
@@ -204,7 +206,7 @@ def released_key_map(
     text: int = 0,
 ) -> KeyMap:
     """The release's alignment: G = Σ over text of u_tᵀ v_t, rows normed; vision keys k' = (k + r ⊙ (u Ĝ)) Wᵀ."""
-    keys, values = alignment.to_tokens("key", key, layout), alignment.to_tokens("value", value, layout)
+    keys, values = maps.to_tokens("key", key, layout), maps.to_tokens("value", value, layout)
     dtype = compute_dtype(keys, values)
     shifted = keys.to(dtype) + 1e-6
     unit = shifted / shifted.norm(dim=-1, keepdim=True)
@@ -226,8 +228,8 @@ def released_key_map(
 def align_keys(key: Tensor, key_map: KeyMap, layout: ModalityLayout) -> Tensor:
     """k'_t = k_t A (+ u_t B in the released variant), with the matrix of each token looked up."""
     if not isinstance(key_map, ModalityMap):
-        return alignment.align_keys(key, key_map, layout)
-    tokens = alignment.to_tokens("key", key, layout)
+        return maps.align_keys(key, key_map, layout)
+    tokens = maps.to_tokens("key", key, layout)
     k = tokens.to(compute_dtype(tokens, key_map.matrix))
     group = layout.groups("modality")
     mapped = (group >= 0) & key_map.mapped.flatten()[group.clamp(min=0)]
@@ -236,7 +238,7 @@ def align_keys(key: Tensor, key_map: KeyMap, layout: ModalityLayout) -> Tensor:
         shifted = k + 1e-6
         unit = shifted / shifted.norm(dim=-1, keepdim=True)
         fused = fused + torch.einsum("thd,thde->the", unit, key_map.unit_matrix.flatten(0, 1)[group.clamp(min=0)])
-    return alignment.from_tokens(torch.where(mapped[:, None, None], fused.to(key.dtype), tokens), layout)
+    return maps.from_tokens(torch.where(mapped[:, None, None], fused.to(key.dtype), tokens), layout)
 
 
 def gram_affinity(gram: Tensor, norm: str = "row") -> Tensor:
@@ -274,7 +276,7 @@ def _attend(call: AttentionCall) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(call.query)
     key = call.key.to(dtype)
     if call.key_map is not None:
-        key = alignment.align_keys(key, call.key_map, layout)
+        key = maps.align_keys(key, call.key_map, layout)
 
     # Packed documents are a batch of one whose mask keeps them apart.
     def batch(x: Tensor) -> Tensor:

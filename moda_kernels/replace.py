@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from moda_kernels.alignment import as_layout
+from moda_kernels.alignment.maps import KeyMap
 from moda_kernels.attention import moda_attention
-from moda_kernels.keymap import KeyMap
-from moda_kernels.layout import ModalityLayout
+from moda_kernels.tokens.layout import ModalityLayout
+from moda_kernels.tokens.segments import as_layout
 
 KeyMapMaker = Callable[[Tensor, ModalityLayout], KeyMap]
 _OPTIONS = ("mask", "key_map", "pair_bias", "pseudo", "duplex", "branch_weights", "backend")

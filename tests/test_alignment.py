@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import moda_kernels as mk
-from moda_kernels.keymap import ModalityMap, normed
+from moda_kernels.alignment.maps import ModalityMap, normed
 
 FUSIONS, NORMS, SCOPES = ("add", "linear", "concat"), ("row", "frobenius"), ("sequence", "causal")
 D = 4

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from moda_kernels import triton
+from moda_kernels.runtime import gpu
 
 pytest.importorskip("triton")
 
-from moda_kernels.triton import aot, configs
-from moda_kernels.triton.configs import Launch
+from moda_kernels.products import configs
+from moda_kernels.runtime import aot
+from moda_kernels.runtime.launch import ARCHITECTURES, Launch, find, padded
 
 
 def compiler(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -31,7 +32,7 @@ PARTS = ("attention_forward", "attention_folded", "attention_query", "attention_
 @pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
 def test_the_builds_of_the_gate_compile(part: str) -> None:
-    done = compiler("-m", "moda_kernels.triton.aot", "--json", "--only", part)
+    done = compiler("-m", "moda_kernels.runtime.aot", "--json", "--only", part)
     assert done.returncode == 0, done.stdout + done.stderr
     reports = [json.loads(line) for line in done.stdout.splitlines()]
     gate = [build for build in aot.builds() if build.gate and part in build.name]
@@ -74,7 +75,7 @@ def test_every_kernel_is_in_the_gate_and_on_every_architecture() -> None:
     kernels = {build.kernel for build in builds}
     assert {build.kernel for build in builds if build.gate} == kernels
     for kernel in kernels:
-        assert {build.capability for build in builds if build.kernel is kernel} == set(configs.ARCHITECTURES)
+        assert {build.capability for build in builds if build.kernel is kernel} == set(ARCHITECTURES)
     assert len({(build.name, build.capability) for build in builds}) == len(builds), "a name is given twice"
 
 
@@ -92,10 +93,10 @@ def test_faults() -> None:
 
 KERNEL = """
 import sys
-import triton, triton.language as tl
-from moda_kernels.triton.aot import Build, compile_kernel
-from moda_kernels.triton.configs import Launch
-@triton.jit
+import triton, gpu.language as tl
+from moda_kernels.runtime.aot import Build, compile_kernel
+from moda_kernels.runtime.launch import Launch
+@gpu.jit
 def product(p_x, p_out, stride, B: tl.constexpr):
     o = tl.arange(0, B)
     b_x = tl.load(p_x + o[:, None] * stride + o[None, :])
@@ -122,7 +123,7 @@ def test_a_kernel_that_is_too_large_is_reported(tmp_path: Path) -> None:
     assert wrong == "product: types and constants differ from the kernel's arguments in ['B']"
 
 
-@pytest.mark.skipif(not triton.interpreted(), reason="needs Triton's interpreter")
+@pytest.mark.skipif(not gpu.interpreted(), reason="needs Triton's interpreter")
 def test_the_interpreter_compiles_nothing() -> None:
     build = next(iter(aot.builds()))
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
@@ -131,8 +132,8 @@ def test_the_interpreter_compiles_nothing() -> None:
 
 def test_tables_cover_every_head_size() -> None:
     for table in (configs.GRAM, configs.UNIT_GRAM, configs.PROJECT, configs.UNIT_PROJECT):
-        for architecture in configs.ARCHITECTURES:
+        for architecture in ARCHITECTURES:
             for bits in (16, 32):
                 for size in (1, 16, 40, 72, 80, 96, 128, 192, 256):
-                    config = configs.find(table, architecture, bits, configs.padded(size))
+                    config = find(table, architecture, bits, padded(size))
                     assert config.num_warps in (4, 8)

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moda_kernels import reference
-from moda_kernels.bench import clock, memory, oracle, pieces, plans, runner, tables
-from moda_kernels.bench.cases import MODES, Case, can
-from moda_kernels.bench.layouts import IMAGE, LAYOUTS, TILE, make_workload
-from moda_kernels.bench.peers import PEERS, Contestant, Peer, RefusedError, eager, flex
-from moda_kernels.bench.peers.base import too_large
-from moda_kernels.bench.peers.sdpa import pinned
+from moda_kernels.commands.bench import clock, memory, oracle, pieces, plans, runner, tables
+from moda_kernels.commands.bench.cases import MODES, Case, can
+from moda_kernels.commands.bench.layouts import IMAGE, LAYOUTS, TILE, make_workload
+from moda_kernels.commands.bench.peers import PEERS, Contestant, Peer, RefusedError, eager, flex
+from moda_kernels.commands.bench.peers.base import too_large
+from moda_kernels.commands.bench.peers.sdpa import pinned
 
 #: The seed's sequences begin with more than one token of text: rows of a single token's Gram matrix can be so small
 #: that the gradient of their norm loses digits in any arithmetic, and which has lost more is then chance.
@@ -298,7 +298,7 @@ def test_kernels_that_torch_refuses_are_absent_with_torchs_words() -> None:
 
 
 def test_an_absent_backend_is_reported_with_its_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
-    from moda_kernels.bench.peers import moda
+    from moda_kernels.commands.bench.peers import moda
 
     peer = moda.Moda("moda-quantum", "quantum")
     assert peer.why_not(CASE) == "this moda_kernels has no backend 'quantum'"

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from moda_kernels import __main__ as command_line
-from moda_kernels import bench
-from moda_kernels.bench import clock, plots, results, runner, tables
-from moda_kernels.bench.cases import Case
-from moda_kernels.bench.peers import PEERS
+from moda_kernels.commands import bench
+from moda_kernels.commands.bench import clock, plots, results, runner, tables
+from moda_kernels.commands.bench.cases import Case
+from moda_kernels.commands.bench.peers import PEERS
 
 Record = dict[str, Any]
 

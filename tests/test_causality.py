@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moda_kernels as mk
-from moda_kernels.causal import CausalMap
+from moda_kernels.alignment.causal import CausalMap
 
 FUSIONS = ("add", "linear", "concat")
 D, M = 4, 3

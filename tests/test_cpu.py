@@ -16,7 +16,7 @@ import moda_kernels as mk
 from moda_kernels import backends, testing
 from moda_kernels.backends.cpu import CpuBackend
 from moda_kernels.backends.cpu.plan import PlanCost, make_jobs, size_of
-from moda_kernels.mask import Visibility
+from moda_kernels.tokens.mask import Visibility
 
 
 def random_layout(rng: random.Random, modalities: int) -> mk.ModalityLayout:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import moda_kernels as mk
-from moda_kernels.decoding import KeptKeys
+from moda_kernels.alignment.maps import KeptKeys
 from moda_kernels.testing import CASES, Case
 
 BACKENDS = ("reference", "cpu")

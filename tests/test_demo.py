@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moda_kernels import ModularMask, demo
+from moda_kernels import ModularMask
 from moda_kernels.__main__ import main
-from moda_kernels.demo import data, model, train
+from moda_kernels.commands import demo
+from moda_kernels.commands.demo import data, model, train
 
 if importlib.util.find_spec("sklearn") is None or importlib.util.find_spec("matplotlib") is None:
     pytest.skip("the demo's packages are not installed", allow_module_level=True)

@@ -7,13 +7,15 @@ import torch
 from torch import Tensor
 
 import moda_kernels
-from moda_kernels import backends, doctor, native, selected
+from moda_kernels import backends
 from moda_kernels.__main__ import main
 from moda_kernels.call import AttentionCall
+from moda_kernels.commands import doctor
+from moda_kernels.runtime import backend_name, native
 
 
 def test_report(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(selected.ENVIRONMENT, raising=False)
+    monkeypatch.delenv(backend_name.ENVIRONMENT, raising=False)
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
     for part in ("Installed", "Machine", "Native extension", "Backends", "Environment", "Self-check"):
@@ -29,7 +31,7 @@ def test_report(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     ):
         assert part in printed
     assert all(f"\n  {name} " in printed for name in backends.BACKENDS)
-    assert selected.ENVIRONMENT in printed and "MODA_KERNELS_NATIVE" in printed
+    assert backend_name.ENVIRONMENT in printed and "MODA_KERNELS_NATIVE" in printed
     assert "largest error" in printed
     assert printed.rstrip().endswith("Attention runs here.")
     assert max(map(len, printed.splitlines())) <= 160
@@ -73,7 +75,7 @@ def test_bad_news(
     absent: str | None, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backends, "BACKENDS", {"broken": Broken(absent)})
-    monkeypatch.delenv(selected.ENVIRONMENT, raising=False)
+    monkeypatch.delenv(backend_name.ENVIRONMENT, raising=False)
     assert main(["doctor"]) == 1
     printed = capsys.readouterr().out
     assert said in printed and "does not run here as it should" in printed
@@ -82,13 +84,13 @@ def test_bad_news(
 def test_unknown_backend_in_the_environment(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(selected.ENVIRONMENT, "nonsense")
+    monkeypatch.setenv(backend_name.ENVIRONMENT, "nonsense")
     assert main(["doctor"]) == 1
     assert "nonsense" in capsys.readouterr().out
 
 
 def test_named_backend_is_the_one_checked(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(selected.ENVIRONMENT, "reference")
+    monkeypatch.setenv(backend_name.ENVIRONMENT, "reference")
     assert main(["doctor"]) == 0
     assert "reference backend, largest error" in capsys.readouterr().out
 

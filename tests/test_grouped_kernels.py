@@ -10,15 +10,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moda_kernels as mk
-from moda_kernels import grouped, ops, triton
+from moda_kernels import products
+from moda_kernels.products import twin
+from moda_kernels.runtime import gpu
 from moda_kernels.testing import random_ids
 
-if not triton.why_absent():
-    from moda_kernels.triton import grouped as kernels
+if not gpu.why_absent():
+    from moda_kernels.products import kernels as kernels
 else:
-    pytest.skip("; ".join(triton.why_absent()), allow_module_level=True)
+    pytest.skip("; ".join(gpu.why_absent()), allow_module_level=True)
 
-DEVICE = "cpu" if triton.interpreted() else "cuda"
+DEVICE = "cpu" if gpu.interpreted() else "cuda"
 # The interpreter multiplies bfloat16 wrongly.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
 
@@ -62,7 +64,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
 
     for name in ("segment_gram", "segment_project"):
         monkeypatch.setattr(kernels, name, counted(name, getattr(kernels, name)))
-        monkeypatch.setattr(grouped, name, refusing(getattr(grouped, name)))
+        monkeypatch.setattr(twin, name, refusing(getattr(twin, name)))
     empty = torch.empty
 
     def poisoned(*args: object, **kwargs: object) -> Tensor:
@@ -77,10 +79,10 @@ def normal(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64).to(dtype).to(DEVICE)
 
 
-def grouping_of(name: str) -> tuple[Tensor, int, ops.Grouping]:
+def grouping_of(name: str) -> tuple[Tensor, int, products.Grouping]:
     groups, num_groups = GROUPINGS[name]
     group = torch.tensor(groups, device=DEVICE)
-    return group, num_groups, ops.group_tokens(group, num_groups)
+    return group, num_groups, products.group_tokens(group, num_groups)
 
 
 def unit(x: Tensor) -> Tensor:
@@ -135,13 +137,13 @@ def test_against_loops(name: str, dtype: torch.dtype, launches: Launches) -> Non
     d, e = SIZES[list(GROUPINGS).index(name) % len(SIZES)]
     x, y = (normal(len(group), 2, n, dtype=dtype) for n in (d, e))
     matrix, other = (normal(num_groups, 2, d, e, dtype=torch.float32) for _ in range(2))
-    check_gram(ops.segment_gram(x, y, grouping), x, y, group)
-    projected = ops.segment_project(x, matrix, grouping)
+    check_gram(products.segment_gram(x, y, grouping), x, y, group)
+    projected = products.segment_project(x, matrix, grouping)
     check_project(projected, x, matrix, group)
     assert not projected[group < 0].any()
     # The released variant's.
-    check_gram(ops.segment_gram(x, y, grouping, unit=True), x, y, group, norm=True)
-    check_project(ops.segment_project(x, matrix, grouping, unit_matrix=other), x, matrix, group, other)
+    check_gram(products.segment_gram(x, y, grouping, unit=True), x, y, group, norm=True)
+    check_project(products.segment_project(x, matrix, grouping, unit_matrix=other), x, matrix, group, other)
     assert launches == {"segment_gram": 2, "segment_project": 2}
 
 
@@ -150,8 +152,8 @@ def test_against_loops(name: str, dtype: torch.dtype, launches: Launches) -> Non
 def test_head_sizes(d: int, e: int, dtype: torch.dtype) -> None:
     group, _, grouping = grouping_of("63")
     x, y, matrix = normal(63, 1, d, dtype=dtype), normal(63, 1, e, dtype=dtype), normal(4, 1, d, e, dtype=torch.float32)
-    check_gram(ops.segment_gram(x, y, grouping), x, y, group)
-    check_project(ops.segment_project(x, matrix, grouping), x, matrix, group)
+    check_gram(products.segment_gram(x, y, grouping), x, y, group)
+    check_project(products.segment_project(x, matrix, grouping), x, matrix, group)
 
 
 def test_large_heads() -> None:
@@ -159,17 +161,17 @@ def test_large_heads() -> None:
     group, num_groups, grouping = grouping_of("several-pieces")
     for dtype in DTYPES:
         x, matrix = normal(len(group), 1, 200, dtype=dtype), normal(num_groups, 1, 200, 200, dtype=torch.float32)
-        check_gram(ops.segment_gram(x, x, grouping), x, x, group)
-        check_project(ops.segment_project(x, matrix, grouping), x, matrix, group)
+        check_gram(products.segment_gram(x, x, grouping), x, x, group)
+        check_project(products.segment_project(x, matrix, grouping), x, matrix, group)
 
 
 def test_nothing() -> None:
     for tokens, groups, heads in ((0, 3, 2), (4, 0, 2), (4, 2, 0), (0, 0, 2)):
-        grouping = ops.group_tokens(torch.full((tokens,), -1, device=DEVICE), groups)
+        grouping = products.group_tokens(torch.full((tokens,), -1, device=DEVICE), groups)
         x, matrix = normal(tokens, heads, 8, dtype=torch.float32), normal(groups, heads, 8, 8, dtype=torch.float32)
-        assert torch.equal(ops.segment_gram(x, x, grouping), torch.zeros_like(matrix))
-        assert torch.equal(ops.segment_project(x, matrix, grouping), torch.zeros_like(x))
-        assert torch.equal(ops.segment_project(x, matrix, grouping, keep=True), x)
+        assert torch.equal(products.segment_gram(x, x, grouping), torch.zeros_like(matrix))
+        assert torch.equal(products.segment_project(x, matrix, grouping), torch.zeros_like(x))
+        assert torch.equal(products.segment_project(x, matrix, grouping, keep=True), x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -187,8 +189,8 @@ def test_strides(dtype: torch.dtype) -> None:
     matrix = normal(num_groups, 2, 16, 16, dtype=torch.float32).transpose(-1, -2)
     for view in views.values():
         flat = view.reshape(63, 2, 16)
-        check_gram(ops.segment_gram(view, view, grouping), flat, flat, group)
-        projected = ops.segment_project(view, matrix, grouping)
+        check_gram(products.segment_gram(view, view, grouping), flat, flat, group)
+        projected = products.segment_project(view, matrix, grouping)
         assert projected.shape == view.shape
         check_project(projected.reshape(63, 2, 16), flat, matrix, group)
 
@@ -200,9 +202,9 @@ def test_offsets_beyond_32_bits() -> None:
     x = memory.as_strided((2, 1, 16), (far, 16, 1))
     x.copy_(normal(2, 1, 16, dtype=torch.float16))
     group = torch.tensor([0, 1], device=DEVICE)
-    check_gram(ops.segment_gram(x, x, group, 2), x, x, group)
+    check_gram(products.segment_gram(x, x, group, 2), x, x, group)
     matrix = normal(2, 1, 16, 16, dtype=torch.float32)
-    check_project(ops.segment_project(x, matrix, group), x, matrix, group)
+    check_project(products.segment_project(x, matrix, group), x, matrix, group)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -216,7 +218,7 @@ def test_tokens_without_a_group(dtype: torch.dtype) -> None:
     x.requires_grad_()
     matrix, other = (normal(num_groups, 2, 40, 40, dtype=torch.float32).requires_grad_() for _ in range(2))
     for unit_matrix in (None, other):
-        out = ops.segment_project(x, matrix, grouping, unit_matrix=unit_matrix, keep=True)
+        out = products.segment_project(x, matrix, grouping, unit_matrix=unit_matrix, keep=True)
         assert torch.equal(out[nobody].view(integer), x[nobody].view(integer))
         assert bool(out[~nobody].isfinite().all())
         upstream = normal(*out.shape, dtype=dtype)
@@ -224,7 +226,7 @@ def test_tokens_without_a_group(dtype: torch.dtype) -> None:
         assert torch.equal(dx[nobody], upstream[nobody])
         assert all(bool(t.isfinite().all()) for t in (dx, *rest))
     for normed in (False, True):
-        gram = ops.segment_gram(x, x.detach().clone(), grouping, unit=normed)
+        gram = products.segment_gram(x, x.detach().clone(), grouping, unit=normed)
         (dx,) = torch.autograd.grad(gram, x, torch.ones_like(gram))
         assert bool(gram.isfinite().all()) and bool(dx.isfinite().all()) and not dx[nobody].any()
 
@@ -235,7 +237,7 @@ def test_float16_matrices_of_any_size() -> None:
     x = normal(63, 2, 16, dtype=torch.float16)
     for size in (1e-12, 1e6):
         matrix = size * normal(4, 2, 16, 16, dtype=torch.float32)
-        projected = ops.segment_project(x, matrix, grouping, out_dtype=torch.float32)
+        projected = products.segment_project(x, matrix, grouping, out_dtype=torch.float32)
         exact = project_loop(x, matrix, group, F64)
         # The two parts have 21 digits together.
         torch.testing.assert_close(projected.double(), exact, rtol=0, atol=2**-20 * float(exact.abs().max()))
@@ -249,11 +251,11 @@ def test_some_groups_alone() -> None:
     some = torch.where((group >= 0) & mapped[group.clamp(min=0)], group, -1)
     window = torch.where((group >= 1) & (group < 4), group - 1, -1)
     for part, own, a in ((grouping.only(mapped), some, matrix), (grouping.window(1, 3), window, matrix[1:4])):
-        gram = ops.segment_gram(x, x, part)
+        gram = products.segment_gram(x, x, part)
         assert gram.shape == a.shape
         check_gram(gram, x, x, own)
-        check_project(ops.segment_project(x, a, part), x, a, own)
-        kept = ops.segment_project(x, a, part, keep=True)
+        check_project(products.segment_project(x, a, part), x, a, own)
+        kept = products.segment_project(x, a, part, keep=True)
         assert torch.equal(kept[own < 0], x[own < 0])
 
 
@@ -262,10 +264,10 @@ def test_dtypes_that_differ() -> None:
     low, wide = normal(63, 2, 8, dtype=torch.float16), normal(63, 2, 8, dtype=F32)
     matrix = normal(num_groups, 2, 8, 8, dtype=F32)
     for x, y in ((low, wide), (wide, low)):
-        check_gram(ops.segment_gram(x, y, grouping), x, y, group)
-        check_gram(ops.segment_gram(x, y, grouping, unit=True), x, y, group, norm=True)
+        check_gram(products.segment_gram(x, y, grouping), x, y, group)
+        check_gram(products.segment_gram(x, y, grouping, unit=True), x, y, group, norm=True)
     for x, a, out_dtype in ((wide, matrix.half(), F32), (low, matrix.half(), F32), (wide, matrix, torch.float16)):
-        projected = ops.segment_project(x, a, grouping, unit_matrix=a, out_dtype=out_dtype)
+        projected = products.segment_project(x, a, grouping, unit_matrix=a, out_dtype=out_dtype)
         assert projected.dtype == out_dtype
         if x is wide:
             check_project(projected, x, a, group, a)
@@ -277,18 +279,18 @@ def test_dtypes_that_differ() -> None:
 # Gradients
 
 
-def programs(grouping: ops.Grouping) -> dict[str, Callable[..., Tensor]]:
+def programs(grouping: products.Grouping) -> dict[str, Callable[..., Tensor]]:
     return {
-        "gram": lambda x, y, a, b: ops.segment_gram(x, y, grouping),
-        "basis": lambda x, y, a, b: ops.segment_gram(x, x, grouping),
-        "unit gram": lambda x, y, a, b: ops.segment_gram(x, y, grouping, unit=True),
-        "project": lambda x, y, a, b: ops.segment_project(x, a, grouping),
-        "keep": lambda x, y, a, b: ops.segment_project(x, a, grouping, keep=True),
-        "unit": lambda x, y, a, b: ops.segment_project(x, a, grouping, unit_matrix=b, keep=True),
+        "gram": lambda x, y, a, b: products.segment_gram(x, y, grouping),
+        "basis": lambda x, y, a, b: products.segment_gram(x, x, grouping),
+        "unit gram": lambda x, y, a, b: products.segment_gram(x, y, grouping, unit=True),
+        "project": lambda x, y, a, b: products.segment_project(x, a, grouping),
+        "keep": lambda x, y, a, b: products.segment_project(x, a, grouping, keep=True),
+        "unit": lambda x, y, a, b: products.segment_project(x, a, grouping, unit_matrix=b, keep=True),
     }
 
 
-@pytest.mark.parametrize("of", programs(ops.Grouping(*[torch.empty(0)] * 3)))
+@pytest.mark.parametrize("of", programs(products.Grouping(*[torch.empty(0)] * 3)))
 def test_gradients_of_both_orders(of: str) -> None:
     """float32 by the kernels against float64 by PyTorch."""
     _, num_groups, grouping = grouping_of("63")
@@ -313,28 +315,28 @@ def test_gradients_in_low_precision(dtype: torch.dtype, launches: Launches) -> N
     group, num_groups, grouping = grouping_of("several-pieces")
     x, upstream = (normal(len(group), 2, 16, dtype=dtype) for _ in range(2))
     matrix = normal(num_groups, 2, 16, 16, dtype=torch.float32).requires_grad_()
-    out = ops.segment_project(x.requires_grad_(), matrix, grouping)
+    out = products.segment_project(x.requires_grad_(), matrix, grouping)
     dx, dmatrix = torch.autograd.grad(out, (x, matrix), upstream)
     check_project(dx, upstream, matrix.detach().transpose(-1, -2), group)
     check_gram(dmatrix, x.detach(), upstream, group)
     weight = normal(num_groups, 2, 16, 16, dtype=torch.float32)
-    (dx,) = torch.autograd.grad(ops.segment_gram(x, x, grouping), x, weight)
+    (dx,) = torch.autograd.grad(products.segment_gram(x, x, grouping), x, weight)
     check_project(dx, x.detach(), weight + weight.transpose(-1, -2), group)
     assert launches == {"segment_gram": 2, "segment_project": 3}, "one pass for each gradient"
 
 
 def test_vmap_and_func_grad() -> None:
     group = torch.tensor([0, 1, -1, 1, 0, 1], device=DEVICE)
-    num_groups, grouping = 2, ops.group_tokens(group, 2)
+    num_groups, grouping = 2, products.group_tokens(group, 2)
     x, y = normal(2, 6, 1, 8, dtype=torch.float32), normal(6, 1, 8, dtype=torch.float32)
     matrix = normal(2, num_groups, 1, 8, 8, dtype=torch.float32)
     close = {"rtol": 1e-5, "atol": 1e-5}
 
     def gram(x: Tensor, y: Tensor) -> Tensor:
-        return ops.segment_gram(x, y, grouping)
+        return products.segment_gram(x, y, grouping)
 
     def project(x: Tensor, matrix: Tensor) -> Tensor:
-        return ops.segment_project(x, matrix, grouping, unit_matrix=matrix, keep=True)
+        return products.segment_project(x, matrix, grouping, unit_matrix=matrix, keep=True)
 
     rows = torch.stack([gram(row, y) for row in x])
     torch.testing.assert_close(torch.vmap(gram, (0, None))(x, y), rows, **close)
@@ -344,8 +346,8 @@ def test_vmap_and_func_grad() -> None:
     rows = torch.stack([project(y, b) for b in matrix])
     torch.testing.assert_close(torch.vmap(project, (None, 0))(y, matrix), rows, **close)
     groups = torch.stack((group, group.flip(0)))
-    rows = torch.stack([ops.segment_gram(y, y, row, num_groups) for row in groups])
-    torch.testing.assert_close(torch.vmap(lambda g: ops.segment_gram(y, y, g, num_groups))(groups), rows, **close)
+    rows = torch.stack([products.segment_gram(y, y, row, num_groups) for row in groups])
+    torch.testing.assert_close(torch.vmap(lambda g: products.segment_gram(y, y, g, num_groups))(groups), rows, **close)
 
     def loss(x: Tensor, matrix: Tensor) -> Tensor:
         return (project(x, matrix) * gram(x, x).sum()).square().sum()
@@ -381,7 +383,7 @@ def test_compiled_whole_and_once(scope: str, launches: Launches, monkeypatch: py
     from torch._dynamo.backends.debugging import aot_eager
 
     compiled, sorted_ = [], []
-    monkeypatch.setattr(grouped, "group_tokens", lambda *a, f=grouped.group_tokens: sorted_.append(1) or f(*a))
+    monkeypatch.setattr(twin, "group_tokens", lambda *a, f=twin.group_tokens: sorted_.append(1) or f(*a))
 
     def counting(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
         compiled.append(1)
@@ -480,7 +482,7 @@ def test_atomics_only_where_order_may_vary(monkeypatch: pytest.MonkeyPatch) -> N
         before = torch.are_deterministic_algorithms_enabled()
         torch.use_deterministic_algorithms(deterministic)
         try:
-            gram = kernels.segment_gram(x, x, *grouping, slots=grouped.SLOTS, atomics=True)
+            gram = kernels.segment_gram(x, x, *grouping, slots=twin.SLOTS, atomics=True)
         finally:
             torch.use_deterministic_algorithms(before)
         check_gram(gram, x, x, group)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 import moda_kernels as mk
-from moda_kernels import native
-from moda_kernels.layout import segment_table_torch, segment_tokens_torch
+from moda_kernels.runtime import native
 from moda_kernels.testing import PADDING, generator, random_ids, random_layout
+from moda_kernels.tokens.segments import segment_table_torch, segment_tokens_torch
 
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import given, strategies as st  # noqa: E402, I001

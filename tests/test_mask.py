@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 import moda_kernels as mk
-from moda_kernels.mask import visible_pair
 from moda_kernels.testing import generator, random_ids, random_layout, random_mask
+from moda_kernels.tokens.mask import visible_pair
 
 H, P, S, A = 0, 1, 2, 4  # hidden, past, segment, all
 M = mk.ModularMask

@@ -21,7 +21,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from moda_kernels import ModularMask, layout, native, segment_modalities, tiles
+from moda_kernels import ModularMask, segment_modalities
+from moda_kernels.runtime import native
+from moda_kernels.tokens import layout, tiles
 
 pytest.importorskip("hypothesis")
 from hypothesis import given, settings
@@ -370,7 +372,7 @@ def test_wrong_arguments(change: dict[str, Tensor], error: type[Exception], mess
 
 def test_switched_off() -> None:
     script = (
-        "import torch; from moda_kernels import native, segment_modalities\n"
+        "import torch; from moda_kernels import segment_modalities; from moda_kernels.runtime import native\n"
         "assert not native.runs_on(torch.device('cpu')) and native.build_info() == {}\n"
         "assert 'MODA_KERNELS_NATIVE' in native.why_not('cpu')\n"
         "assert segment_modalities(torch.tensor([[0, 1, 1]])).max_segments == 2"

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moda_kernels.ops import segment_gram, segment_project
+from moda_kernels.products import segment_gram, segment_project
 
 HYPOTHESIS = pytest.importorskip("hypothesis")
 given, st = HYPOTHESIS.given, HYPOTHESIS.strategies

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import moda_kernels as mk
-from moda_kernels.pseudo import log_geometric_sum
+from moda_kernels.tokens.pseudo import log_geometric_sum
 
 DTYPES = (torch.float64, torch.float32)
 DECAYS = (0.0, 1e-12, 1e-6, 1e-3, 0.04, 0.3, 1.0, 7.0, 80.0)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 import moda_kernels as mk
-from moda_kernels import native, tiles
-from moda_kernels.layout import QueryRows
+from moda_kernels.runtime import native
 from moda_kernels.testing import generator, random_ids, random_layout, random_mask
+from moda_kernels.tokens import tiles
+from moda_kernels.tokens.layout import QueryRows
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 

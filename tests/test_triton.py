@@ -15,18 +15,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import moda_kernels as mk
-from moda_kernels import backends, checks, testing, triton
+from moda_kernels import backends, testing
 from moda_kernels.backends.triton import TritonBackend, folds, tuning
 from moda_kernels.backends.triton import passes as triton_passes
 from moda_kernels.call import AttentionCall
+from moda_kernels.runtime import checks, gpu
 from moda_kernels.testing import CASES, Case, generator
 
-if triton.why_absent():
-    pytest.skip("; ".join(triton.why_absent()), allow_module_level=True)
+if gpu.why_absent():
+    pytest.skip("; ".join(gpu.why_absent()), allow_module_level=True)
 
-from moda_kernels.ops import attention as operators
-from moda_kernels.triton import attention as kernels
-from moda_kernels.triton import configs
+from moda_kernels.backends.triton import configs
+from moda_kernels.backends.triton import launch as kernels
+from moda_kernels.backends.triton import operators as operators
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -343,7 +344,7 @@ def test_limits_are_the_mask(seed: int) -> None:
     facts = (layout.modality, layout.position, layout.segment)
     table = mask.rule_table(layout.device)
     pairs = [(queries.of(f).flatten()[:, None], f.flatten()[None]) for f in facts]
-    from moda_kernels.mask import visible_pair
+    from moda_kernels.tokens.mask import visible_pair
 
     expected = visible_pair(table, mask.window, *(q for q, _ in pairs), *(k for _, k in pairs))
     assert torch.equal(torch.where(same, seen, 0), (expected & same).int())

@@ -10,21 +10,21 @@ import torch
 from torch import Tensor
 
 import moda_kernels as mk
-from moda_kernels import triton
 from moda_kernels.backends.triton import passes as triton_passes
-from moda_kernels.layout import ModalityLayout
+from moda_kernels.runtime import gpu
 from moda_kernels.testing import CASES, Case, Result, compare, oracle
 from moda_kernels.testing import run as run_case
+from moda_kernels.tokens.layout import ModalityLayout
 
-if triton.why_absent():
-    pytest.skip("; ".join(triton.why_absent()), allow_module_level=True)
+if gpu.why_absent():
+    pytest.skip("; ".join(gpu.why_absent()), allow_module_level=True)
 
 from test_triton import poisoned_memory
 from torch.testing._internal.optests import opcheck
 
 from moda_kernels.backends import triton as backend
-from moda_kernels.triton import attention as kernels
-from moda_kernels.triton import decode as decode_kernels
+from moda_kernels.backends.triton import launch as kernels
+from moda_kernels.backends.triton.kernels import decode as decode_kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BY_NAME = {case.name: case for case in CASES}

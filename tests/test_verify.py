@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from moda_kernels import __main__ as command_line
-from moda_kernels import backends, reference, testing, verify
+from moda_kernels import backends, reference, testing
 from moda_kernels.call import AttentionCall
+from moda_kernels.commands import verify
 
 QUICK = ["verify", "--device", "cpu", "--quick", "--dtypes", "float32"]
 

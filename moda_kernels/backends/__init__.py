@@ -11,11 +11,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from moda_kernels import checks, selected
 from moda_kernels.backends.cpu import CpuBackend
 from moda_kernels.backends.reference import ReferenceBackend
 from moda_kernels.backends.triton import TritonBackend
 from moda_kernels.call import AttentionCall
+from moda_kernels.runtime import backend_name, checks
 
 log = logging.getLogger("moda_kernels")
 
@@ -55,11 +55,11 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: an unknown name.
     """
-    token = selected.name_in_block.set(_known("use_backend", name))
+    token = backend_name.name_in_block.set(_known("use_backend", name))
     try:
         yield
     finally:
-        selected.name_in_block.reset(token)
+        backend_name.name_in_block.reset(token)
 
 
 def choose(call: AttentionCall, name: str | None) -> Backend:
@@ -88,7 +88,7 @@ def named_backend(name: str | None = None) -> str:
     """The backend asked for: by the argument, else by `use_backend`, else by the environment, else "auto"."""
     if name is not None:
         return _known("backend", name)
-    return _known(selected.ENVIRONMENT, selected.name())
+    return _known(backend_name.ENVIRONMENT, backend_name.name())
 
 
 def _known(argument: str, name: str) -> str:

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moda_kernels import alignment
+from moda_kernels.alignment.maps import align_keys
 from moda_kernels.backends.cpu.plan import Job, make_jobs
 from moda_kernels.backends.cpu.rectangles import RectangleAttention
 from moda_kernels.call import AttentionCall
-from moda_kernels.grouped import compute_dtype
-from moda_kernels.mask import ModularMask
+from moda_kernels.products.twin import compute_dtype
+from moda_kernels.tokens.mask import ModularMask
 
 _OPERATORS = (
     "_scaled_dot_product_flash_attention_for_cpu",
@@ -60,7 +60,7 @@ class CpuBackend:
 
     def _attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         layout = call.layout
-        key = call.key if call.key_map is None else alignment.align_keys(call.key, call.key_map, layout)
+        key = call.key if call.key_map is None else align_keys(call.key, call.key_map, layout)
         q, k, v = (x.transpose(0, 1)[None] if layout.packed else x for x in (call.query, key, call.value))
         scale = call.scale
         if scale <= 0:  # ATen's kernel multiplies its own -inf by it: the query is turned instead

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moda_kernels.layout import ModalityLayout, QueryRows
-from moda_kernels.mask import ModularMask, Visibility, visible_pair
+from moda_kernels.tokens.layout import ModalityLayout, QueryRows
+from moda_kernels.tokens.mask import ModularMask, Visibility, visible_pair
 
 
 class PlanCost:

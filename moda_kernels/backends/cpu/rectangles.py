@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moda_kernels.backends.cpu.plan import Block, Job, Span, size_of
-from moda_kernels.grouped import compute_dtype
+from moda_kernels.products.twin import compute_dtype
 
 
 def _forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

@@ -1,14 +1,15 @@
 """The Triton backend: fused kernels on CUDA GPUs (and, for tests, in Triton's interpreter on the CPU).
 
 `passes.py` turns rules into what kernels walk; this file takes a checked call apart, picks tile sizes and decides where
-the key map goes; `moda_kernels.ops.attention` runs it.
+the key map goes; `operators.py` runs it.
 """
 
 import torch
 from torch import Tensor
 
-from moda_kernels import alignment, checks, triton
-from moda_kernels.backends.triton import tuning
+from moda_kernels.alignment.maps import ModalityMap, align_keys
+from moda_kernels.backends.triton import configs, tuning
+from moda_kernels.backends.triton.operators import AttentionPlan, ModaAttention, op_attention_decode
 from moda_kernels.backends.triton.passes import (
     decode_tiles,
     key_tile_lists,
@@ -18,11 +19,10 @@ from moda_kernels.backends.triton.passes import (
     row_facts,
 )
 from moda_kernels.call import AttentionCall
-from moda_kernels.keymap import ModalityMap
-from moda_kernels.layout import ModalityLayout
-from moda_kernels.ops.attention import AttentionPlan, ModaAttention, op_attention_decode
-from moda_kernels.tiles import MAX_MODALITIES, MAX_TOKENS
-from moda_kernels.triton import configs
+from moda_kernels.runtime import checks, gpu
+from moda_kernels.runtime.launch import architecture, find, padded
+from moda_kernels.tokens.layout import ModalityLayout
+from moda_kernels.tokens.tiles import MAX_MODALITIES, MAX_TOKENS
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_DIM = 256
@@ -31,7 +31,7 @@ MAX_HEAD_DIM = 256
 FOLD_FROM = 8
 #: The kernels have no configuration that folds a larger map, or one in float32: the products leave the registers.
 MAX_FOLDED_DIM = 128
-#: Calls without gradients go to the kernels of `moda_kernels.triton.decode` where query rows are few and keys many: up
+#: Calls without gradients go to the kernels of `kernels/decode.py` where query rows are few and keys many: up
 #: to 16 rows a sequence (more begin to fill a tile of the forward) and more than 256 keys (fewer are not worth sharing
 #: between programs). A tile has up to 32 rows, query rows times heads of a group; larger ones leave the registers.
 DECODE_ROWS = 16
@@ -46,16 +46,16 @@ class TritonBackend:
         return device.type == "cuda"
 
     def why_absent(self) -> list[str]:
-        return list(triton.why_absent())
+        return list(gpu.why_absent())
 
     def why_not(self, call: AttentionCall) -> list[str]:
         reasons = []
-        device = triton.why_not_on(call.query.device)
+        device = gpu.why_not_on(call.query.device)
         if device is not None:
             reasons.append(device)
         if call.query.dtype not in _DTYPES:
             reasons.append(f"it supports {', '.join(map(str, _DTYPES))}, got {call.query.dtype}")
-        elif call.query.dtype == torch.bfloat16 and triton.interpreted():
+        elif call.query.dtype == torch.bfloat16 and gpu.interpreted():
             reasons.append("products in bfloat16 are wrong in Triton's interpreter")
         for name, tensor in (("query and key", call.query), ("value", call.value)):
             if not 1 <= tensor.shape[-1] <= MAX_HEAD_DIM:
@@ -88,7 +88,7 @@ class TritonBackend:
         given = (call.query, key, call.value, matrix, call.pair_bias, base, decay, weights)
         rows = 0 if _differentiable(*given) else decode_rows(call)
         if key_map is not None and not (matrix is not None and (rows or folds(call))):
-            key, matrix = alignment.align_keys(key, key_map, layout), None
+            key, matrix = align_keys(key, key_map, layout), None
 
         tensors = (call.query, key, call.value, matrix, call.pair_bias, base, decay, weights)
         differentiable = _differentiable(*tensors)
@@ -194,7 +194,7 @@ def decode_configuration(call: AttentionCall) -> list[int]:
     if device.type != "cuda":
         return configs.INTERPRETED_DECODE.numbers()
     bits, size = torch.finfo(call.query.dtype).bits, max(call.query.shape[-1], call.value.shape[-1])
-    return configs.find(configs.DECODE, configs.architecture(device), bits, configs.padded(size)).numbers()
+    return find(configs.DECODE, architecture(device), bits, padded(size)).numbers()
 
 
 def configurations(call: AttentionCall, folded: bool) -> tuple[tuple[int, ...], ...]:
@@ -202,11 +202,11 @@ def configurations(call: AttentionCall, folded: bool) -> tuple[tuple[int, ...], 
     device = call.query.device
     if device.type != "cuda":
         return tuple(tuple(configs.INTERPRETED[kind].numbers()) for kind in ("forward", "query", "keys"))
-    architecture, bits = configs.architecture(device), torch.finfo(call.query.dtype).bits
-    size = max(configs.padded(call.query.shape[-1]), configs.padded(call.value.shape[-1]))
+    capability, bits = architecture(device), torch.finfo(call.query.dtype).bits
+    size = max(padded(call.query.shape[-1]), padded(call.value.shape[-1]))
     forward = configs.FORWARD if call.attn_mask is None else configs.MASKED
     tables = (configs.FOLDED if folded else forward, configs.BACKWARD_QUERY, configs.BACKWARD_KEYS)
-    return tuple(tuple(configs.find(table, architecture, bits, size).numbers()) for table in tables)
+    return tuple(tuple(find(table, capability, bits, size).numbers()) for table in tables)
 
 
 def _differentiable(*tensors: Tensor | None) -> bool:

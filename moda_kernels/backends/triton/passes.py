@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moda_kernels.layout import ModalityLayout, QueryRows
-from moda_kernels.mask import ModularMask, Visibility
-from moda_kernels.ops.attention import op_attention_limits
-from moda_kernels.tiles import tile_lists
+from moda_kernels.backends.triton.operators import op_attention_limits
+from moda_kernels.tokens.layout import ModalityLayout, QueryRows
+from moda_kernels.tokens.mask import ModularMask, Visibility
+from moda_kernels.tokens.tiles import tile_lists
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Passes:
 
     Attributes:
         masks: of each pass, what is left of the rules: those of its key modalities.
-        numbers: as kernels take them, see `moda_kernels.triton.attention`.
+        numbers: as kernels take them, see `launch.py`.
     """
 
     masks: tuple[ModularMask, ...]
@@ -153,7 +153,7 @@ def pseudo_counts(
 
 
 def row_facts(layout: ModalityLayout, queries: QueryRows, passes: Passes, window: int | None) -> tuple[Tensor, ...]:
-    """The facts of a call, as `moda_kernels.triton.attention` names them."""
+    """The facts of a call, as `launch.py` names them."""
 
     def make() -> tuple[Tensor, ...]:
         modality, position, segment = (f.flatten() for f in (layout.modality, layout.position, layout.segment))

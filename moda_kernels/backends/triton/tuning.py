@@ -1,7 +1,7 @@
 """MODA_KERNELS_AUTOTUNE=1: on the first call of each kind, try configurations on the call itself and keep the fastest.
 
 Tile sizes belong to tile lists, which are made before a kernel is launched, so Triton's own tuner cannot try them. What
-is found lasts as long as the process; `log` says what it was, for the table in `triton/configs.py`.
+is found lasts as long as the process; `log` says what it was, for the table in `configs.py`.
 """
 
 import functools
@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable
 
 import torch
 
-from moda_kernels.triton.configs import CANDIDATES
+from moda_kernels.backends.triton.configs import CANDIDATES
 
 log = logging.getLogger("moda_kernels")
 

@@ -14,16 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moda_kernels import checks
-from moda_kernels.alignment import released_key_map
+from moda_kernels.alignment.maps import KeyMap
+from moda_kernels.alignment.memory import DecodeState, LayerState
+from moda_kernels.alignment.released import released_key_map
 from moda_kernels.attention import moda_attention
-from moda_kernels.decoding import DecodeState, LayerState
 from moda_kernels.integrations.transformers import cache as caches
 from moda_kernels.integrations.transformers import ids as modalities
-from moda_kernels.keymap import KeyMap
-from moda_kernels.layout import ModalityLayout, segment_modalities
-from moda_kernels.mask import ModularMask
-from moda_kernels.pseudo import PseudoAttention
+from moda_kernels.runtime import checks
+from moda_kernels.tokens.layout import ModalityLayout
+from moda_kernels.tokens.mask import ModularMask
+from moda_kernels.tokens.pseudo import PseudoAttention
+from moda_kernels.tokens.segments import segment_modalities
 
 #: Under which both functions are registered.
 NAME = "moda"

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moda_kernels import checks
-from moda_kernels.decoding import DecodeState
+from moda_kernels.alignment.memory import DecodeState
+from moda_kernels.runtime import checks
 
 
 class _Remembers:

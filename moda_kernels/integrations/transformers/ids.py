@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moda_kernels import checks
+from moda_kernels.runtime import checks
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moda_kernels import checks
-from moda_kernels.alignment import FUSIONS, DuplexAligner
+from moda_kernels.alignment.aligner import DuplexAligner
+from moda_kernels.alignment.maps import FUSIONS
 from moda_kernels.integrations.transformers import attention as layers_
 from moda_kernels.integrations.transformers.attention import ALIGNER, MODEL, NAME, SETTINGS
 from moda_kernels.integrations.transformers.ids import FAMILIES, UNKNOWN
-from moda_kernels.mask import ModularMask
-from moda_kernels.pseudo import PseudoAttention
+from moda_kernels.runtime import checks
+from moda_kernels.tokens.mask import ModularMask
+from moda_kernels.tokens.pseudo import PseudoAttention
 
 #: The oldest transformers with everything this needs.
 OLDEST = (5, 0)

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moda_kernels import checks
 from moda_kernels.integrations.transformers.attention import ALIGNER
 from moda_kernels.integrations.transformers.model import _attention_layers, _text_model, _unwrapped, enable
+from moda_kernels.runtime import checks
 
 log = logging.getLogger("moda_kernels")
 

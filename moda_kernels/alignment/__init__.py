@@ -1,0 +1,1 @@
+"""Duplex alignment: keys mapped into the other modalities' space (spec: "Duplex alignment")."""

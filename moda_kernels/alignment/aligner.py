@@ -1,0 +1,200 @@
+"""Duplex alignment (MODA Eq. 5-6): keys into the space of the other modalities.
+
+`DuplexAligner` and `released_key_map` make maps (`maps.py`, `causal.py`) from Gram matrices; `align_keys` applies
+them; `modality_gram` and `gram_affinity` are for those who want the matrices themselves.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from moda_kernels import products
+from moda_kernels.alignment.causal import CausalMap
+from moda_kernels.alignment.maps import (
+    FUSIONS,
+    NORMS,
+    KeptKeys,
+    KeyMap,
+    ModalityMap,
+    fused_matrix,
+    normed,
+    sum_of_others,
+    token_major,
+)
+from moda_kernels.alignment.memory import DecodeState, LayerState, layer_of
+from moda_kernels.runtime import checks
+from moda_kernels.tokens.layout import ModalityLayout
+from moda_kernels.tokens.segments import as_layout
+
+SCOPES = ("sequence", "causal")
+
+
+class DuplexAligner(nn.Module):
+    """Maps the keys of each modality into the space of the others (MODA Eq. 5-6: the V-Aligner and T-Aligner).
+
+    A fresh aligner changes nothing (ρ = 0, W = I or [I 0]), so a pretrained model can be given one.
+
+    Args:
+        head_dim: D.
+        num_modalities: M.
+        fusion: how mapped keys k̂ and keys meet. "add": k + ρ ⊙ k̂; "linear": (k + ρ ⊙ k̂) Wᵀ; "concat": [k ; k̂] Wᵀ
+            (the paper's best, table 1c).
+        norm: "row" (each row of the Gram matrix by its L2 norm, as released) or "frobenius".
+        scope: "sequence": Gram sums over the whole sequence (the paper; under a causal mask it lets keys look ahead);
+            "causal": over earlier tokens only (for training with a causal loss, and for decoding).
+        aligned: the modalities whose keys are mapped. Default: all.
+
+    Attributes:
+        ratio: ρ ``[M, D]`` (add, linear). weight: W ``[M, D, D]`` (linear) or ``[M, D, 2D]`` (concat).
+
+    Raises:
+        ValueError, TypeError: for arguments other than these.
+    """
+
+    ratio: nn.Parameter | None
+    weight: nn.Parameter | None
+
+    def __init__(
+        self,
+        head_dim: int,
+        num_modalities: int,
+        *,
+        fusion: str = "add",
+        norm: str = "row",
+        scope: str = "sequence",
+        aligned: Iterable[int] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.head_dim = checks.integer("head_dim", head_dim, 1)
+        self.num_modalities = checks.integer("num_modalities", num_modalities, 1)
+        self.fusion = checks.choice("fusion", fusion, FUSIONS)
+        self.norm = checks.choice("norm", norm, NORMS)
+        self.scope = checks.choice("scope", scope, SCOPES)
+        everything = range(num_modalities) if aligned is None else aligned
+        self.aligned = checks.modality_indices("aligned", everything, num_modalities)
+        self.register_parameter("ratio", None)
+        self.register_parameter("weight", None)
+        if fusion != "concat":
+            self.ratio = nn.Parameter(torch.empty(num_modalities, head_dim, device=device, dtype=dtype))
+        if fusion != "add":
+            width = head_dim if fusion == "linear" else 2 * head_dim
+            self.weight = nn.Parameter(torch.empty(num_modalities, head_dim, width, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """To the start at which the aligner changes nothing."""
+        if self.ratio is not None:
+            self.ratio.zero_()
+        if self.weight is not None:
+            identity = torch.eye(self.head_dim, self.weight.shape[-1])
+            self.weight.copy_(identity.expand_as(self.weight))
+
+    def forward(
+        self,
+        key: Tensor,
+        layout: ModalityLayout | Tensor | None = None,
+        *,
+        state: DecodeState | LayerState | None = None,
+    ) -> KeyMap:
+        """The map for these keys.
+
+        Args:
+            key: ``[B, Hkv, L, D]``, packed ``[T, Hkv, D]``, after rotary embedding, any float dtype.
+            layout: their layout (or modality ids ``[B, L]``).
+            state: while decoding, ``state[i]`` of layer i in place of a layout (a whole :class:`DecodeState` stands
+                for its layer 0). ``key`` is then what the cache holds, not aligned; only new tokens' keys are read.
+
+        Returns:
+            A :class:`KeyMap`, differentiable in key and the parameters.
+
+        Raises:
+            ValueError, TypeError: keys, layout or state that don't fit each other or the aligner; a second call for the
+                same tokens of a state; a cache that no longer holds keys that sums are to be made of.
+        """
+        memory = None if state is None else layer_of(state)
+        if memory is not None:
+            layout = memory.layout_for(key, layout)
+        elif layout is None:
+            raise checks.wrong_value("layout", "a ModalityLayout, modality ids, or state", None)
+        layout = as_layout(layout, self.num_modalities)
+        if layout.num_modalities != self.num_modalities:
+            raise checks.wrong_value(
+                "layout", f"{self.num_modalities} modalities, as the aligner", layout.num_modalities
+            )
+        tokens = token_major("key", key, layout)
+        if tokens.shape[-1] != self.head_dim:
+            raise checks.wrong_value("key", f"head size {self.head_dim}, as the aligner", key)
+        for name, parameter in self.named_parameters():
+            checks.same_device(f"the aligner's {name}", parameter, key.device, "key")
+        if memory is not None:
+            return self._decode(key, layout, memory)
+        if self.scope == "causal":
+            return self._causal_map(tokens, layout)
+        gram = products.segment_gram(tokens, tokens, layout.grouping("modality"))
+        return self._sequence_map(gram.unflatten(0, tuple(layout.counts.shape)), layout)
+
+    def _decode(self, key: Tensor, layout: ModalityLayout, memory: LayerState) -> KeyMap:
+        """The map from what is remembered and the new keys."""
+        causal, m = self.scope == "causal", self.num_modalities
+        begin, end = memory.begin(causal)
+        new, part = memory.new_tokens("key", key, begin, end)
+        if causal and end < memory.state.length:  # cropped: these are aligned already
+            memory.add(new, new, part.groups("modality"), m, end)
+            begin, end = memory.begin(causal)
+            new, part = memory.new_tokens("key", key, begin, end)
+        if not causal:
+            return self._sequence_map(memory.add(new, new, part.groups("modality"), m, end), layout)
+        before, counts = memory.gram, layout.counts - part.counts
+        if before is not None and not part.packed and end - begin == 1:
+            fused = self._align_one(new, part, before, counts)
+        else:
+            fused = self._causal_map(new, part, before, counts).align(new, part)
+        kept = memory.keep(fused, begin, key)
+        memory.add(new, new, part.groups("modality"), m, end)
+        return KeptKeys(kept, layout)
+
+    def _causal_map(
+        self, tokens: Tensor, layout: ModalityLayout, before: Tensor | None = None, counts: Tensor | None = None
+    ) -> CausalMap:
+        return CausalMap(
+            tokens, layout, self.ratio, self.weight, self.fusion, self.norm, self.aligned,
+            before=before, before_counts=counts,
+        )  # fmt: skip
+
+    def _align_one(self, tokens: Tensor, layout: ModalityLayout, before: Tensor, counts: Tensor) -> Tensor:
+        """The causal map of one new token per sequence ``[B, Hkv, D]``, applied: in few small operations, because they
+        are done for every token and layer."""
+
+        def facts() -> tuple[Tensor, Tensor, Tensor]:
+            modality = layout.modality[:, 0].long().clamp(min=0)
+            rows = torch.arange(modality.numel(), device=modality.device)
+            aligned = layout.chosen(self.aligned)
+            alone = counts.sum(1) == counts[rows, modality]
+            return rows, modality, (layout.modality[:, 0] >= 0) & aligned[modality] & ~alone
+
+        rows, modality, mapped = layout.remember(("one token", self.aligned), facts)
+        with torch.autocast(tokens.device.type, enabled=False):
+            rest = normed(sum_of_others(before)[rows, modality], self.norm)
+            ratio, weight = (None if p is None else p.to(before.dtype)[modality] for p in (self.ratio, self.weight))
+            matrix = fused_matrix(rest, ratio, weight, self.fusion)
+            fused = (tokens.to(before.dtype)[:, :, None] @ matrix)[:, :, 0].to(tokens.dtype)
+        return torch.where(mapped[:, None, None], fused, tokens)
+
+    def _sequence_map(self, gram: Tensor, layout: ModalityLayout) -> ModalityMap:
+        """The map from Gram sums ``[N, M, Hkv, D, D]`` over whole sequences."""
+        with torch.autocast(gram.device.type, enabled=False):
+            ratio, weight = (None if p is None else p.to(gram.dtype) for p in (self.ratio, self.weight))
+            matrix = fused_matrix(normed(sum_of_others(gram), self.norm), ratio, weight, self.fusion)
+        mapped = (layout.counts.sum(1, keepdim=True) > layout.counts) & layout.chosen(self.aligned)
+        identity = torch.eye(self.head_dim, dtype=gram.dtype, device=gram.device)
+        return ModalityMap(torch.where(mapped[..., None, None, None], matrix, identity), mapped, None, layout)
+
+    def extra_repr(self) -> str:
+        return (
+            f"head_dim={self.head_dim}, num_modalities={self.num_modalities}, fusion={self.fusion!r}, "
+            f"norm={self.norm!r}, scope={self.scope!r}, aligned={self.aligned}"
+        )

@@ -1,0 +1,104 @@
+"""Block sizes, warps and stages of the attention kernels, with the reason beside each entry. Tables as in
+`runtime/launch.py`; `runtime/aot.py` compiles what stands here."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from moda_kernels.runtime.launch import ARCHITECTURES, Launch
+
+
+@dataclass(frozen=True)
+class AttentionConfig(Launch):
+    """Rows of a tile of queries and of a tile of keys."""
+
+    block_q: int
+    block_k: int
+
+    def numbers(self) -> list[int]:
+        """As operators take them, see `launch.py`."""
+        return [self.block_q, self.block_k, self.num_warps, self.num_stages]
+
+
+@dataclass(frozen=True)
+class DecodeConfig(Launch):
+    """Keys of a tile where few query rows meet many keys; the tile of queries is as large as they are, 16 or 32."""
+
+    block_k: int
+
+    def numbers(self) -> list[int]:
+        """As operators take them, see `launch_decode.py`."""
+        return [self.block_k, self.num_warps, self.num_stages]
+
+
+# Attention. 16 bits: what keeps accumulators in registers decides. sm_90: a side that stays in place needs 128 rows for
+# 8 warps, or products are computed twice; a loop whose first loads wait for a list entry uses a stage for it. sm_80 has
+# no asynchronous products, so scores and weights take registers beside the accumulator. 32 bits: exact products have no
+# tensor cores; small tiles keep operands in registers. Sizes are the larger of both head sizes, as blocks.
+AttentionTable = Mapping[int, Mapping[int, Mapping[int, AttentionConfig]]]
+_A = AttentionConfig
+
+_FORWARD_32 = {64: _A(4, 2, 32, 32), 128: _A(8, 1, 32, 32), 256: _A(8, 1, 16, 16)}
+FORWARD: AttentionTable = {
+    80: {16: {64: _A(8, 3, 128, 64), 128: _A(8, 3, 128, 64), 256: _A(8, 2, 64, 32)}, 32: _FORWARD_32},
+    90: {16: {64: _A(8, 3, 128, 128), 128: _A(8, 3, 128, 64), 256: _A(8, 2, 128, 32)}, 32: _FORWARD_32},
+    100: {16: {64: _A(8, 3, 128, 64), 128: _A(8, 3, 128, 64), 256: _A(8, 2, 128, 32)}, 32: _FORWARD_32},
+}
+
+# With an attn_mask its entries and their addresses take registers too: narrower tiles.
+MASKED: AttentionTable = {
+    80: {16: {128: _A(8, 2, 64, 32), 256: _A(8, 2, 64, 32)}, 32: _FORWARD_32},
+    90: {16: {128: _A(8, 2, 128, 32), 256: _A(8, 2, 64, 32)}, 32: _FORWARD_32},
+    100: {16: {128: _A(8, 2, 64, 32), 256: _A(8, 2, 64, 32)}, 32: _FORWARD_32},
+}
+
+# With a key map: the turned query stays in registers, where the query itself is read from shared memory. No entries for
+# 256 and for 32 bits: the product with the matrix leaves the registers, so such maps are written.
+FOLDED: AttentionTable = {
+    80: {16: {64: _A(8, 3, 128, 64), 128: _A(8, 3, 128, 64)}},
+    90: {16: {64: _A(8, 3, 128, 64), 128: _A(8, 2, 128, 64)}},
+    100: {16: {64: _A(8, 3, 128, 64), 128: _A(8, 3, 128, 64)}},
+}
+
+_QUERY_32 = {64: _A(4, 2, 32, 32), 128: _A(4, 2, 32, 32), 256: _A(8, 1, 32, 32)}
+BACKWARD_QUERY: AttentionTable = {
+    80: {16: {64: _A(8, 3, 128, 64), 128: _A(4, 2, 64, 64), 256: _A(8, 2, 64, 32)}, 32: _QUERY_32},
+    90: {16: {64: _A(8, 3, 128, 64), 128: _A(8, 3, 128, 64), 256: _A(8, 2, 128, 16)}, 32: _QUERY_32},
+    100: {16: {64: _A(8, 3, 128, 64), 128: _A(8, 2, 128, 64), 256: _A(8, 2, 64, 32)}, 32: _QUERY_32},
+}
+
+# Two accumulators: at 256 they fill the registers whatever the tile, and 32 rows are below what wgmma takes.
+_KEYS_32 = {64: _A(8, 1, 32, 32), 128: _A(8, 1, 32, 32), 256: _A(8, 1, 16, 16)}
+BACKWARD_KEYS: AttentionTable = {
+    80: {16: {64: _A(8, 3, 64, 128), 128: _A(8, 2, 128, 64), 256: _A(8, 2, 32, 32)}, 32: _KEYS_32},
+    90: {16: {64: _A(8, 3, 64, 128), 128: _A(8, 3, 64, 128), 256: _A(8, 2, 32, 32)}, 32: _KEYS_32},
+    100: {16: {64: _A(8, 2, 64, 128), 128: _A(8, 2, 64, 128), 256: _A(8, 2, 32, 32)}, 32: _KEYS_32},
+}
+
+# Few query rows against many keys: memory decides, so what counts is how many bytes are on their way. Which keys are
+# read at all depends on their positions, which are loaded first: of five stages three go to that, and two tiles of
+# keys and values are fetched ahead, 64 KB. 4 warps would run out of registers with a mask or a bias. A larger head
+# size takes fewer keys. 32 bits: products without tensor cores, from registers.
+DecodeTable = Mapping[int, Mapping[int, Mapping[int, DecodeConfig]]]
+_DECODE_16 = {64: DecodeConfig(8, 5, 128), 128: DecodeConfig(8, 5, 64), 256: DecodeConfig(8, 3, 32)}
+_DECODE_32 = {64: DecodeConfig(4, 2, 32), 128: DecodeConfig(8, 2, 32), 256: DecodeConfig(8, 1, 16)}
+DECODE: DecodeTable = {capability: {16: _DECODE_16, 32: _DECODE_32} for capability in ARCHITECTURES}
+
+#: In the interpreter time goes by operations, and shapes of a few dozen tokens should still make several tiles.
+INTERPRETED = {"forward": _A(1, 1, 32, 16), "query": _A(1, 1, 16, 32), "keys": _A(1, 1, 32, 32)}
+INTERPRETED_DECODE = DecodeConfig(1, 1, 16)
+
+#: What MODA_KERNELS_AUTOTUNE=1 tries beside the table's own entry.
+CANDIDATES = {
+    "forward": [
+        _A(w, s, q, k) for s in (2, 3, 4)
+        for q, k, w in ((128, 128, 8), (128, 64, 8), (128, 64, 4), (64, 64, 4), (128, 32, 8), (64, 128, 4))
+    ],
+    "query": [
+        _A(w, s, q, k) for s in (2, 3)
+        for q, k, w in ((128, 64, 8), (128, 32, 8), (64, 64, 4), (64, 128, 4), (128, 128, 8))
+    ],
+    "keys": [
+        _A(w, s, q, k) for s in (2, 3)
+        for q, k, w in ((64, 128, 8), (32, 128, 8), (64, 64, 4), (64, 64, 8), (128, 64, 8), (128, 128, 8))
+    ],
+}  # fmt: skip

@@ -1,0 +1,113 @@
+"""Launches the kernels of `kernels/decode.py`: few query rows against many keys, the keys shared between programs."""
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+from moda_kernels.backends.triton import launch
+from moda_kernels.backends.triton.kernels.decode import (
+    attention_decode,
+    attention_decode_combine,
+    attention_decode_turn,
+)
+from moda_kernels.runtime.launch import float32_dots, padded
+
+#: Programs per multiprocessor that the keys are split for: side by side where registers allow it, else in turn.
+PROGRAMS_PER_SM = 2
+#: Programs in the interpreter, where each takes its time: enough that the keys of most tests are shared.
+INTERPRETED_PROGRAMS = 16
+#: Columns of a matrix that a program of the turning kernel takes, by bits: exact products fill registers sooner.
+TURN_COLUMNS = {16: 32, 32: 16}
+
+
+def decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    matrix: Tensor | None,
+    bias: Tensor | None,
+    base: Tensor | None,
+    decay: Tensor | None,
+    weights: Tensor | None,
+    attn_mask: Tensor | None,
+    count: Tensor | None,
+    fault: Tensor | None,
+    facts: Sequence[Tensor],
+    tiles: Tensor,
+    rows: int,
+    passes: Sequence[int],
+    config: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Output and lse, in the shapes of `launch.forward_outputs`; arguments as of `launch.forward`, but for
+
+    Args:
+        tiles: int32 ``[tiles, 3]``: a sequence, its first query row in the tile, and how many rows of it (0: no tile).
+        rows: the largest number of them. config: block of keys, warps, stages.
+    """
+    out, lse = decode_outputs(query, value, weights is not None)
+    if out.numel() == 0 and lse.numel() == 0:
+        return out, lse
+    q, k, v = (launch._rows_contiguous(x) for x in (query, key, value))
+    heads, key_heads, split = q.shape[1], k.shape[1], weights is not None
+    group, cells, branches = heads // key_heads, tiles.shape[0] * key_heads, 2 if split else 1
+    block_k, warps, stages = config
+    block_r = padded(rows * group)
+    modalities, first_passes, number = passes[:3]
+    shares = key_shares(cells * branches, k.shape[0] if k.dim() == 3 else k.shape[2], block_k, q.device)
+    new = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
+    sums, tops = new(branches, cells, shares, block_r, v.shape[-1]), new(branches, cells, shares, 2, block_r)
+    sizes = {"D": q.shape[-1], "BLOCK_D": padded(q.shape[-1]), "GROUP": group, "BLOCK_R": block_r}
+    values = {"E": v.shape[-1], "BLOCK_E": padded(v.shape[-1])}
+    where = {"key_heads": key_heads, "query_length": launch._length(q), "p_tiles": tiles}
+    described = launch._facts(facts)
+    turned = None
+    if matrix is not None:
+        turned, columns = q.new_empty(modalities, cells, block_r, q.shape[-1]), TURN_COLUMNS[q.element_size() * 8]
+        attention_decode_turn[(cells, modalities, triton.cdiv(q.shape[-1], columns))](
+            p_q=q, **launch._matrices(matrix, q), p_turned=turned, p_row_modality=facts[3],
+            **launch._strides("q", q), **where, **sizes, BLOCK_C=columns, PRECISION=float32_dots(),
+            num_warps=4,
+        )  # fmt: skip
+    attention_decode[(cells, shares, branches)](
+        p_q=q, p_turned=turned, p_k=k, p_v=v, p_sums=sums, p_tops=tops, p_bias=bias, **described,
+        p_modalities=launch.pass_tables(passes, q.device)[2],
+        **launch._strides("q", q), **launch._strides("k", k), **launch._strides("v", v),
+        **launch._bias_strides(bias), **launch._mask(attn_mask, q, k),
+        **where, key_length=launch._length(k), first_passes=first_passes, passes=number,
+        scale=scale * launch.LOG2E, **sizes, **values, BLOCK_K=block_k, PRECISION=float32_dots(),
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    attention_decode_combine[(cells, rows * group)](
+        p_sums=sums, p_tops=tops, p_out=out, p_lse=lse, p_base=base, p_decay=decay, p_weights=weights, p_count=count,
+        p_fault=fault, p_row_modality=facts[3], **launch._strides("o", out),
+        **launch._lse_strides("l", lse, q, with_rows=False), s_cr=launch._count_rows(q),
+        **where, shares=shares, **values, GROUP=group, BLOCK_R=block_r, SPLIT=split, num_warps=4,
+    )  # fmt: skip
+    return out, lse
+
+
+def decode_outputs(query: Tensor, value: Tensor, split: bool) -> tuple[Tensor, Tensor]:
+    """Room for output and lse."""
+    out, _, lse = launch.forward_outputs(query, value, split)
+    return out, lse
+
+
+def key_shares(programs: int, keys: int, block_k: int, device: torch.device) -> int:
+    """How many programs share the keys of a tile: as many as the GPU has room for, each with a key tile at least.
+
+    Args:
+        programs: without sharing. keys: of a sequence, or a bound of it (packed: of all documents; shares that a short
+            document leaves empty end at once).
+    """
+    return max(1, min(_programs(device) // max(programs, 1), -(-keys // block_k)))
+
+
+@functools.cache
+def _programs(device: torch.device) -> int:
+    if device.type != "cuda":
+        return INTERPRETED_PROGRAMS
+    return PROGRAMS_PER_SM * int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -1,0 +1,288 @@
+"""Modular-mask attention as an operator with gradients: the door to the Triton kernels of attention.
+
+The operators `attention_limits`, `attention`, `attention_backward` and `attention_decode` are opaque to compilers:
+plain tensors and numbers in, tensors out. `ModaAttention` above them is what autograd, `torch.func` and `torch.compile`
+see; `attention_decode`, for few query rows, has no gradient.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moda_kernels.products.operators import segment_gram, segment_project
+from moda_kernels.products.twin import Grouping
+from moda_kernels.runtime.operators import operator, register_vmap
+
+
+def _limits(
+    modality: Tensor, position: Tensor, segment: Tensor, table: Tensor, columns: Tensor, passes: list[int], window: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    from moda_kernels.backends.triton import launch
+    from moda_kernels.backends.triton import launch_intervals as intervals
+
+    rules, members, _ = launch.pass_tables(passes, modality.device)
+    return intervals.limits(modality, position, segment, table, columns, rules, members, passes[2], window)
+
+
+def _limits_fake(
+    modality: Tensor, position: Tensor, segment: Tensor, table: Tensor, columns: Tensor, passes: list[int], window: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    from moda_kernels.backends.triton import launch_intervals as intervals
+
+    return intervals.limits_outputs(modality, columns, passes[2])
+
+
+def _attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from moda_kernels.backends.triton import launch  # Triton is imported where a kernel runs, no earlier
+
+    return launch.forward(*arguments)
+
+
+def _attention_fake(
+    query: Tensor, key: Tensor, value: Tensor, matrix: Any, bias: Any, base: Any, decay: Any, weights: Any, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    from moda_kernels.backends.triton import launch
+
+    return launch.forward_outputs(query, value, weights is not None)
+
+
+def _attention_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    from moda_kernels.backends.triton import launch
+
+    return launch.backward(*arguments)
+
+
+def _attention_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    from moda_kernels.backends.triton import launch
+
+    return launch.backward_outputs(*arguments)
+
+
+def _attention_decode(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from moda_kernels.backends.triton import launch_decode as decode
+
+    return decode.decode(*arguments)
+
+
+def _attention_decode_fake(
+    query: Tensor, key: Tensor, value: Tensor, matrix: Any, bias: Any, base: Any, decay: Any, weights: Any, *_: Any
+) -> tuple[Tensor, Tensor]:
+    from moda_kernels.backends.triton import launch_decode as decode
+
+    return decode.decode_outputs(query, value, weights is not None)
+
+
+_MORE = "Tensor? bias, Tensor? base, Tensor? decay, Tensor? weights, Tensor? attn_mask, Tensor? count"
+op_attention_limits = operator(
+    "_attention_limits(Tensor modality, Tensor position, Tensor segment, Tensor table, Tensor columns, int[] passes, "
+    "int window) -> (Tensor, Tensor, Tensor)",
+    _limits,
+    _limits_fake,
+)
+_op_attention = operator(
+    f"_attention(Tensor query, Tensor key, Tensor value, Tensor? matrix, {_MORE}, Tensor? fault, Tensor[] facts, "
+    "Tensor[] lists, int[] passes, int[] config, float scale) -> (Tensor, Tensor, Tensor)",
+    _attention,
+    _attention_fake,
+)
+_op_attention_backward = operator(
+    "_attention_backward(Tensor dout, Tensor dlse, Tensor out, Tensor lse, Tensor query, Tensor key, Tensor value, "
+    f"{_MORE}, Tensor[] facts, Tensor[] query_lists, Tensor[] key_lists, int[] passes, int[] query_config, "
+    "int[] key_config, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _attention_backward,
+    _attention_backward_fake,
+)
+op_attention_decode = operator(
+    f"_attention_decode(Tensor query, Tensor key, Tensor value, Tensor? matrix, {_MORE}, Tensor? fault, "
+    "Tensor[] facts, Tensor tiles, SymInt rows, int[] passes, int[] config, float scale) -> (Tensor, Tensor)",
+    _attention_decode,
+    _attention_decode_fake,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionPlan:
+    """What a call of `ModaAttention` needs beside its differentiable tensors: who sees whom, and by which tiles.
+
+    Attributes:
+        facts, passes: of the forward, as in `launch.py`.
+        count: int32 ``[branches, rows]``, pseudo scores of each query row, -1 for infinitely many; or None.
+        fault: int32 ``[1]``, not 0 makes all outputs NaN; or None.
+        lists, config: of the forward.
+        backward_facts, backward_passes: of the backward, which has no key map to fold and so may have fewer passes.
+        query_lists, query_config, key_lists, key_config: of the backward's two kernels. All of it is empty where there
+            will be no backward.
+        grouping: the keys by sequence and modality, where a map is folded into the query; else None.
+        scale: of the scores.
+    """
+
+    facts: tuple[Tensor, ...]
+    passes: tuple[int, ...]
+    count: Tensor | None
+    fault: Tensor | None
+    lists: tuple[Tensor, ...]
+    config: tuple[int, ...]
+    backward_facts: tuple[Tensor, ...]
+    backward_passes: tuple[int, ...]
+    query_lists: tuple[Tensor, ...]
+    query_config: tuple[int, ...]
+    key_lists: tuple[Tensor, ...]
+    key_config: tuple[int, ...]
+    grouping: Grouping | None
+    scale: float
+
+
+class ModaAttention(torch.autograd.Function):
+    """Attention under a modular mask, on the Triton kernels.
+
+    Args of `apply`:
+        query, key, value: ``[B, H, L, D]`` or packed ``[T, H, D]``, on a CUDA device.
+        matrix: ``[N, M, Hkv, D, D]`` or None: key maps to fold into the query (spec, section 8).
+        bias: ``[N or 1, Hq or 1, M, M]`` or None. base, decay: float32 ``[Hq]`` or None (pseudo scores, Eq. 9-10).
+        weights: float32 ``[2, Hq]`` makes the attention split (Eq. 7-8); None: joint.
+        attn_mask: bool or float, broadcasts to ``[B, Hq, Lq, Lk]``; no gradient. Or None.
+        plan: an `AttentionPlan`.
+
+    Returns:
+        out, lse as :func:`moda_kernels.moda_attention`, and the parts ``[2, …]`` of split attention, without gradient.
+    """
+
+    @staticmethod
+    def forward(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        matrix: Tensor | None,
+        bias: Tensor | None,
+        base: Tensor | None,
+        decay: Tensor | None,
+        weights: Tensor | None,
+        attn_mask: Tensor | None,
+        plan: AttentionPlan,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        out, parts, lse = _op_attention(
+            query, key, value, matrix, bias, base, decay, weights, attn_mask, plan.count, plan.fault,
+            list(plan.facts), list(plan.lists), list(plan.passes), list(plan.config), plan.scale,
+        )  # fmt: skip
+        return out, lse, parts
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        *tensors, plan = inputs
+        out, lse, parts = output
+        ctx.mark_non_differentiable(parts)
+        # One of them is enough: delta needs the parts where there are any.
+        kept = out if inputs[7] is None else parts
+        ctx.save_for_backward(
+            *tensors, kept, lse, plan.count, *(plan.grouping or (None,) * 3),
+            *plan.backward_facts, *plan.query_lists, *plan.key_lists,
+        )  # fmt: skip
+        ctx.numbers = (plan.backward_passes, plan.query_config, plan.key_config, plan.scale)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, dlse: Tensor, dparts: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        query, key, value, matrix, bias, base, decay, weights, attn_mask, out, lse, count = saved[:12]
+        grouping, facts, query_lists, key_lists = saved[12:15], saved[15:21], saved[21:25], saved[25:29]
+        passes, query_config, key_config, scale = ctx.numbers
+        needed = ctx.needs_input_grad
+        fused = key
+        if matrix is not None:
+            # Folded again, a map would take three products per tile and pass; written, it takes one per key.
+            fused = _by_token(segment_project(_by_token(key), matrix.flatten(0, 1), Grouping(*grouping), keep=True))
+        dq, dk, dv, bias_sums, sums = _op_attention_backward(
+            dout, dlse, out, lse, query, fused, value, bias, base, decay, weights, attn_mask, count,
+            list(facts), list(query_lists), list(key_lists), list(passes), list(query_config), list(key_config), scale,
+        )  # fmt: skip
+        dmatrix = dbias = dbase = ddecay = dweights = None
+        if matrix is not None:
+            # So far dk is that of the fused keys k A. Padding has none.
+            by_group, dfused = matrix.flatten(0, 1), _by_token(dk)
+            if needed[3]:
+                dmatrix = segment_gram(_by_token(key), dfused, Grouping(*grouping)).view(matrix.shape).to(matrix.dtype)
+            dk = _by_token(segment_project(dfused, by_group.transpose(-1, -2), Grouping(*grouping)))
+        if bias is not None and needed[4]:
+            dbias = _bias_gradient(bias, bias_sums, query_lists[0], passes, facts[4])
+        per_head = sums.sum(0)  # [heads, branches, 3]
+        if base is not None and needed[5]:
+            dbase = per_head[..., 1].sum(1)
+        if decay is not None and needed[6]:
+            ddecay = per_head[..., 2].sum(1)
+        if weights is not None and needed[7]:
+            dweights = per_head[..., 0].T.contiguous()
+        grads: tuple[Tensor | None, ...] = (dq, dk, dv, dmatrix, dbias, dbase, ddecay, dweights)
+        if torch.is_grad_enabled():
+            of = [t for t in (dout, dlse, query, key, value, matrix, bias, base, decay, weights) if t is not None]
+            witness = torch.cat([t.reshape(-1)[:0].float() for t in of])
+            grads = tuple(None if g is None else _Once.apply(g, witness) for g in grads)
+        return *grads, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+        """One call per entry: entries share the layout, so nothing is gained by folding them into the batch."""
+        return _one_by_one(ModaAttention.apply, info, in_dims, inputs)
+
+
+class _Once(torch.autograd.Function):
+    """A gradient as it is, which has none itself. witness: an empty tensor with the graph of all that it depends on."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad: Tensor, witness: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError(
+            "moda_attention on the Triton kernels has no second derivative: use backend='reference' for it"
+        )
+
+
+def _by_token(x: Tensor) -> Tensor:
+    """``[B, H, L, D]`` as ``[B, L, H, D]`` and back; packed ``[T, H, D]`` as it is."""
+    return x if x.dim() == 3 else x.transpose(1, 2)
+
+
+def _bias_gradient(bias: Tensor, sums: Tensor, tiles: Tensor, passes: Sequence[int], cu_seqlens: Tensor) -> Tensor:
+    """From sums over tiles by pass, head and query modality ``[P, tiles, Hq, M]`` to the shape of the bias."""
+    modalities, _, number = passes[:3]
+    of_pass = passes[len(passes) - number :]
+    if bias.shape[0] == 1:
+        summed = sums.sum(1, keepdim=True)  # [P, 1, Hq, M]
+    else:
+        sequences = torch.arange(cu_seqlens.shape[0] - 1, device=sums.device)
+        own = (tiles[:, 0] == sequences[:, None]).to(sums.dtype)  # [N, tiles]
+        summed = (own[:, :, None, None] * sums[:, None]).sum(2)
+    if bias.shape[1] == 1:
+        summed = summed.sum(2, keepdim=True)
+    none = summed.new_zeros(summed.shape[1:])
+    columns = [sum((summed[p] for p in range(number) if of_pass[p] == m), none) for m in range(modalities)]
+    return torch.stack(columns, -1).to(bias.dtype)
+
+
+def _one_by_one(call: Any, info: Any, in_dims: tuple[Any, ...], inputs: tuple[Any, ...]) -> tuple[Any, Any]:
+    def entry(i: int) -> Any:
+        chosen = (x.select(d, i) if isinstance(d, int) else x for x, d in zip(inputs, in_dims, strict=True))
+        return call(*chosen)
+
+    results = [entry(i) for i in range(info.batch_size)]
+    stacked = tuple(torch.stack(column) for column in zip(*results, strict=True))
+    return stacked, (0,) * len(stacked)
+
+
+register_vmap(
+    "_attention_backward",
+    lambda info, in_dims, *inputs: _one_by_one(_op_attention_backward, info, in_dims, inputs),
+)
+register_vmap(
+    "_attention_decode",
+    lambda info, in_dims, *inputs: _one_by_one(op_attention_decode, info, in_dims, inputs),
+)

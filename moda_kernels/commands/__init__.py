@@ -1,0 +1,1 @@
+"""The commands of `python -m moda_kernels`: a module or folder each."""

@@ -1,0 +1,77 @@
+"""Compiled FlexAttention. The kernel is the call; its block mask, built by compiled code too, is the setup, or in the
+contestant named "-build" a part of every call (a new layout each step, one layer)."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from moda_kernels.commands.bench.cases import Case
+from moda_kernels.commands.bench.peers.base import Peer
+from moda_kernels.tokens.mask import visible_pair
+
+
+class Flex(Peer):
+    """FlexAttention.
+
+    Args:
+        build: make the block mask in every call.
+        mode: of torch.compile.
+    """
+
+    compiles = True
+
+    def __init__(self, name: str, build: bool = False, mode: str | None = None) -> None:
+        self.name, self.build, self.mode = name, build, mode
+        self.prepares = "" if build else "block mask"
+
+    def why_not(self, case: Case) -> str | None:
+        if case.device == "cpu" and case.backward:
+            return "FlexAttention has no backward on the CPU"
+        if case.device == "cpu" and self.mode is not None:
+            return "tunes CUDA kernels"
+        return None
+
+    def setup(self, case: Case) -> Any:
+        return None if self.build else self._block_mask(case)
+
+    def attend(self, state: Any, tensors: dict[str, Tensor], case: Case) -> Tensor:
+        flex_attention, _ = _compiled(self.mode)
+        block_mask = self._block_mask(case) if self.build else state
+        q, k, v = (tensors[name] for name in ("query", "key", "value"))
+        out: Tensor = flex_attention(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])
+        return out
+
+    def _block_mask(self, case: Case) -> Any:
+        workload = case.workload
+        layout, window = workload.segment(), workload.mask.window
+        rules = workload.mask.rule_table(layout.device)
+        modality, position, segment, sequence = (
+            fact.flatten() for fact in (layout.modality, layout.position, layout.segment, layout.sequence)
+        )
+        # Query 0 stands in this column. Only where it isn't column 0, so that one compiled mask serves all layouts.
+        first = case.length - case.queries
+
+        def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            if first:
+                q = q + first
+            facts = (modality, position, segment)
+            seen = visible_pair(rules, window, *(f[q] for f in facts), *(f[k] for f in facts))
+            return seen & (sequence[q] == sequence[k])
+
+        _, create_block_mask = _compiled(self.mode)
+        return create_block_mask(mask_mod, 1, None, case.queries, case.length, device=str(layout.device))
+
+
+@functools.cache
+def _compiled(mode: str | None) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """flex_attention and create_block_mask, compiled for every shape of its own: the fastest that they come in."""
+    import torch
+    import torch._dynamo
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    # Beyond the default of 8 shapes torch would quietly go back to uncompiled code.
+    torch._dynamo.config.recompile_limit = 256
+    torch._dynamo.config.accumulated_recompile_limit = 1024
+    return torch.compile(flex_attention, dynamic=False, mode=mode), torch.compile(create_block_mask, dynamic=False)

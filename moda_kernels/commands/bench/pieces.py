@@ -1,0 +1,193 @@
+"""The parts around attention, each alone: segmentation, tile lists, both together, and the alignment of keys.
+
+On CUDA they are replayed from a captured graph, as in a captured training step: device time without launches. Each is
+checked before it is timed: layouts and lists against the PyTorch twins on the CPU, aligned keys against float64.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moda_kernels import align_keys
+from moda_kernels.commands.bench import clock, results, runner
+from moda_kernels.commands.bench.cases import Case
+from moda_kernels.commands.bench.layouts import TILE
+from moda_kernels.commands.bench.oracle import align
+from moda_kernels.commands.bench.peers.moda import concat_map
+from moda_kernels.commands.bench.results import Record
+from moda_kernels.testing import Comparison, Result, compare
+from moda_kernels.tokens.segments import segment_table_torch, segment_tokens_torch
+from moda_kernels.tokens.tiles import MAX_TOKENS, _capacities, tile_lists, tile_lists_torch
+
+#: The alignment's pass is named by its scope.
+PIECES = ("segmentation", "tile lists", "segmentation + tile lists", "alignment (sequence)", "alignment (causal)")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Something to time: the work, and what is wrong with its results (None: nothing)."""
+
+    work: Callable[[], Any]
+    fault: Callable[[Any], str | None]
+
+
+def run(cases: list[Case], options: runner.Options, tell: Callable[[str], None]) -> Iterator[list[Record]]:
+    """Records as `runner.run`, the contestant being the piece, "moda"."""
+    environments: dict[str, Record] = {}
+    for case in cases:
+        tell(f"pieces: {case.layout}, L = {case.length}, {case.dtype_name}")
+        environment = environments.setdefault(case.device, results.environment(case.device, options.commit))
+        yield run_case(case, options, environment, tell)
+
+
+def run_case(
+    case: Case, options: runner.Options, environment: Record, tell: Callable[[str], None] = lambda _: None
+) -> list[Record]:
+    """One record a piece."""
+    records: dict[str, Record] = {}
+    entries: dict[str, runner._Entry] = {}
+    timer = clock.clock_for(case.device)
+    common = {
+        "schema": results.SCHEMA,
+        "device": case.device,
+        "run": None,
+        "workload": case.workload.describe() | {"seed": case.seed},
+        "dtype": case.dtype_name,
+        "query_heads": case.query_heads,
+        "key_heads": case.key_heads,
+        "head_dim": case.head_dim,
+        "contestant": "moda",
+    }
+    for name, piece in pieces(case).items():
+        record = common | {"pass": name, "graph": False, "status": "ok", "reason": None}
+        try:
+            with torch.no_grad():
+                found = piece.work()
+                work, record["graph"], record["reason"] = captured(piece.work, case.device)
+            fault = piece.fault(found)
+        except Exception as error:  # recorded: the others go on
+            record |= {"status": "failed", "reason": runner._fault(error)}
+        else:
+            if fault is None:
+                entries[name] = runner._Entry(
+                    lambda w=work: timer.spans(lambda _: w()),  # type: ignore[misc]
+                    options.rounds,
+                    options.seconds / len(PIECES),
+                )
+            else:
+                record |= {"status": "wrong", "reason": fault}
+        if record["status"] != "ok":
+            tell(f"  {name} is left out ({record['status']}): {record['reason']}")
+        records[name] = record
+    with torch.no_grad():
+        runner._rounds(list(entries.values()), random.Random(options.seed))
+    for name, entry in entries.items():
+        if entry.fault is None:
+            records[name]["ms"] = results.spread([sample[0] for sample in entry.samples])
+        else:
+            records[name] |= {"status": "failed", "reason": entry.fault}
+    last = {"threads": torch.get_num_threads(), "rounds": options.rounds, "seconds": options.seconds}
+    return [record | last | {"environment": environment} for record in records.values()]
+
+
+def pieces(case: Case) -> dict[str, Piece]:
+    """Those of a case: no lists where its sequence is too long for them."""
+    workload, layout = case.workload, case.workload.layout
+    made: dict[str, Piece] = {"segmentation": Piece(workload.segment, lambda found: _segments_fault(case, found))}
+    if case.length <= MAX_TOKENS:
+        queries = layout.queries()
+        made["tile lists"] = Piece(
+            lambda: tile_lists(layout, workload.mask, *TILE, queries), lambda found: _lists_fault(case, found)
+        )
+
+        def both() -> tuple[Any, Any]:
+            fresh = workload.segment()
+            return fresh, tile_lists(fresh, workload.mask, *TILE)
+
+        made["segmentation + tile lists"] = Piece(
+            both, lambda found: _segments_fault(case, found[0]) or _lists_fault(case, found[1])
+        )
+    tensors = case.tensors()
+    key, weight = tensors["key"], tensors["weight"]
+    own = key[0].transpose(0, 1).contiguous() if workload.packed else key
+    for scope in ("sequence", "causal"):
+        made[f"alignment ({scope})"] = Piece(
+            lambda scope=scope: align_keys(own, concat_map(own, weight, layout, scope), layout),  # type: ignore[misc]
+            lambda found, scope=scope: _keys_fault(case, key, weight, found, scope),  # type: ignore[misc]
+        )
+    return made
+
+
+def captured(work: Callable[[], Any], device: str) -> tuple[Callable[[], Any], bool, str | None]:
+    """Its replay from a CUDA graph and True; or, where there are none, the work itself, False, and why."""
+    if device == "cpu":
+        return work, False, None
+    try:
+        return _captured(work), True, None
+    except Exception as error:
+        torch.cuda.synchronize()
+        return work, False, f"not captured in a graph: {runner._fault(error)}"
+
+
+def _captured(work: Callable[[], Any]) -> Callable[[], Any]:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # warmed up where it is captured
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = work()
+    kept = [made]  # the graph writes into it
+
+    def replay() -> Any:
+        graph.replay()
+        return kept[0]
+
+    return replay
+
+
+def _segments_fault(case: Case, found: Any) -> str | None:
+    """Against the twins in PyTorch, on the CPU."""
+    w = case.workload
+    ids = w.ids.flatten().cpu()
+    items = None if w.items is None else w.items.flatten().long().cpu()
+    bounds = torch.tensor([0, case.length], dtype=torch.int32) if w.cu_seqlens is None else w.cu_seqlens.cpu()
+    segment, position, sequence, prefix, count = segment_tokens_torch(ids, items, bounds, found.num_modalities)
+    table = segment_table_torch(ids, segment, sequence, found.max_segments)
+    facts = (found.segment, found.position, found.sequence, found.prefix, found.num_segments, found.table)
+    names = ("segment", "position", "sequence", "prefix", "num_segments", "table")
+    right = (segment, position, sequence, prefix, count, table)
+    wrong = [n for n, a, b in zip(names, facts, right, strict=True) if not torch.equal(a.cpu().view(b.shape), b)]
+    return f"other {', '.join(wrong)} than PyTorch's" if wrong else None
+
+
+def _lists_fault(case: Case, found: Any) -> str | None:
+    layout, mask = case.workload.layout.to("cpu"), case.workload.mask
+    queries = layout.queries()
+    right = tile_lists_torch(
+        layout.modality.flatten(), layout.segment.flatten(), layout.position.flatten(), layout.cu_seqlens,
+        queries.cu_seqlens, queries.first_column, [int(rule) for row in mask.rules for rule in row], mask.window,
+        *TILE, _capacities(layout, queries, *TILE),
+    )  # fmt: skip
+    fields = ("query_tiles", "key_tiles", "key_lists", "key_counts", "query_lists", "query_counts", "overflow")
+    wrong = [n for n, b in zip(fields, right, strict=True) if not torch.equal(getattr(found, n).cpu(), b)]
+    return f"other {', '.join(wrong)} than PyTorch's" if wrong else None
+
+
+def _keys_fault(case: Case, key: Tensor, weight: Tensor, found: Tensor, scope: str) -> str | None:
+    """Aligned keys against the definition in float64, as an attention output is judged."""
+    found = found.transpose(0, 1)[None] if case.workload.packed else found
+    layout = case.workload.layout
+    exact, eager = (
+        Result({"keys": align(k, weight.to(torch.float64) if k.dtype == torch.float64 else weight, layout, scope)})
+        for k in (key.double(), key)
+    )
+    comparisons: list[Comparison] = compare(Result({"keys": found}), exact, eager, case.dtype)
+    wrong = [str(c) for c in comparisons if not c.good]
+    return "; ".join(wrong) or None

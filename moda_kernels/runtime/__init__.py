@@ -1,0 +1,1 @@
+"""What everything stands on: checks, the native extension, operators, GPUs, the compiler."""

@@ -1,0 +1,196 @@
+"""Kernels compiled without a GPU, and what the compiler made of them: registers, stack, spills, shared memory.
+
+Each kernel module named in `MODULES` has a function `builds()` that yields a `Build` for every configuration that it
+ships. `python -m moda_kernels.runtime.aot` compiles those marked for the gate (`--all`: all of them), prints a table
+and exits with 1 where a build needs more than its architecture has or than it is allowed.
+"""
+
+import argparse
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moda_kernels.runtime.launch import Launch
+
+#: The modules whose builds are compiled.
+MODULES = (
+    "moda_kernels.products.kernels",
+    "moda_kernels.backends.triton.builds",
+    "moda_kernels.backends.triton.decode_builds",
+)
+#: Bytes of shared memory that a block can have (CUDA C++ programming guide, compute capabilities).
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+@dataclass(frozen=True)
+class Build:
+    """One kernel in one configuration for one architecture.
+
+    Attributes:
+        name: what it is, for the table: "segment_gram bf16 128x128".
+        kernel: the `@triton.jit` function.
+        capability: 80, 90 or 100.
+        types: Triton's type of each argument that is no constant: "*bf16", "*fp32", "i32", "fp32".
+        constants: every `tl.constexpr`, and arguments specialised to a number (a stride of 1) or None.
+        config: the launch.
+        divisible_by_16: integer arguments that are multiples of 16, as strides usually are; pointers always are.
+        stack_allowance: bytes of stack that are accepted.
+        gate: compiled by the tests too, not only with `--all`.
+    """
+
+    name: str
+    kernel: Any
+    capability: int
+    types: Mapping[str, str]
+    constants: Mapping[str, Any]
+    config: Launch
+    divisible_by_16: tuple[str, ...] = ()
+    stack_allowance: int = 0
+    gate: bool = False
+
+    def compile(self) -> "Report":
+        return compile_kernel(
+            self.kernel, self.types, self.constants, self.config, self.capability, self.divisible_by_16
+        )
+
+    def faults(self, report: "Report") -> list[str]:
+        """What is wrong with a report; empty where it may ship."""
+        found = []
+        if report.shared > SHARED_LIMIT[self.capability]:
+            found.append(f"{report.shared} bytes of shared memory, sm_{self.capability} has no more than "
+                         f"{SHARED_LIMIT[self.capability]}")  # fmt: skip
+        if report.stack > self.stack_allowance:
+            found.append(f"{report.stack} bytes of stack, {self.stack_allowance} allowed")
+        return found
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiler made of a kernel.
+
+    Attributes:
+        registers: per thread. stack: bytes per thread. shared: bytes per block.
+        spill_stores, spill_loads: instructions that write or read the stack.
+        wgmma, mma_sync, tcgen05: matrix instructions, of sm_90, any, and sm_100.
+        seconds: that compiling took (little where Triton's cache had it).
+    """
+
+    registers: int
+    stack: int
+    shared: int
+    spill_stores: int
+    spill_loads: int
+    wgmma: int
+    mma_sync: int
+    tcgen05: int
+    seconds: float
+
+
+def compile_kernel(
+    fn: Any,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    config: Launch,
+    capability: int,
+    divisible_by_16: Iterable[str] = (),
+) -> Report:
+    """Compile a kernel for an architecture, and look at the result. Arguments: as the attributes of `Build`.
+
+    Raises:
+        RuntimeError: Triton is in its interpreter (TRITON_INTERPRET=1), which compiles nothing.
+        ValueError: `types` and `constants` don't name exactly the kernel's arguments.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if not isinstance(fn, triton.JITFunction):
+        raise RuntimeError("kernels are compiled only in a process without TRITON_INTERPRET=1")
+    if sorted([*types, *constants]) != sorted(fn.arg_names):
+        wrong = sorted({*types, *constants} ^ {*fn.arg_names}) or sorted({*types} & {*constants})
+        raise ValueError(f"{fn.__name__}: types and constants differ from the kernel's arguments in {wrong}")
+    signature = {name: types.get(name, "constexpr") for name in fn.arg_names}
+    multiples = {name for name, kind in types.items() if kind.startswith("*")} | set(divisible_by_16)
+    attributes = {(fn.arg_names.index(name),): [["tt.divisibility", 16]] for name in multiples}
+    source = ASTSource(fn=fn, signature=signature, constexprs=dict(constants), attrs=attributes)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    begin = time.perf_counter()
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    seconds = time.perf_counter() - begin
+    usage, code = _cuobjdump(compiled.asm["cubin"])
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump says nothing of registers: {usage!r}")
+    ptx = compiled.asm["ptx"]
+    return Report(
+        registers=int(found[1]),
+        stack=int(found[2]),
+        shared=compiled.metadata.shared,
+        spill_stores=len(re.findall(r"\bSTL\b", code)),
+        spill_loads=len(re.findall(r"\bLDL\b", code)),
+        wgmma=ptx.count("wgmma.mma_async"),
+        mma_sync=ptx.count("mma.sync"),
+        tcgen05=ptx.count("tcgen05.mma"),
+        seconds=round(seconds, 2),
+    )
+
+
+def _cuobjdump(cubin: bytes) -> tuple[str, str]:
+    """Resource usage and machine code of a cubin; the tool comes in Triton's own package."""
+    import triton.backends.nvidia
+
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage, code = (
+            subprocess.run([tool, option, path], check=True, capture_output=True, text=True).stdout
+            for option in ("--dump-resource-usage", "-sass")
+        )
+    return usage, code
+
+
+def builds() -> Iterator[Build]:
+    """Every build of every kernel."""
+    for name in MODULES:
+        yield from importlib.import_module(name).builds()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m moda_kernels.runtime.aot", description=__doc__)
+    parser.add_argument("--all", action="store_true", help="every build, not only those of the gate")
+    parser.add_argument("--json", action="store_true", help="one JSON object per build in place of the table")
+    parser.add_argument("--only", default="", metavar="TEXT", help="builds whose name contains this")
+    chosen = parser.parse_args(arguments)
+    failed = 0
+    if not chosen.json:
+        print(f"{'build':<52} {'sm':>3} regs stack shared  spills wgmma mma tcgen05")
+    for build in builds():
+        if chosen.only not in build.name or not (chosen.all or build.gate):
+            continue
+        report = build.compile()
+        faults = build.faults(report)
+        failed += bool(faults)
+        if chosen.json:
+            line = {"name": build.name, "capability": build.capability, **asdict(build.config), **asdict(report)}
+            print(json.dumps({**line, "faults": faults}), flush=True)
+            continue
+        spills = f"{report.spill_stores}/{report.spill_loads}"
+        print(
+            f"{build.name:<52} {build.capability:>3} {report.registers:>4} {report.stack:>5} {report.shared:>6} "
+            f"{spills:>7} {report.wgmma:>5} {report.mma_sync:>3} {report.tcgen05:>7}  {'; '.join(faults)}".rstrip(),
+            flush=True,
+        )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

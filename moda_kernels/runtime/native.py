@@ -1,0 +1,215 @@
+"""The only door to the native extension (C++ and CUDA, `csrc/`): is it there, and its three functions.
+
+The extension knows nothing of torch: it gets addresses, sizes and a stream. So everything that a tensor has to be is
+checked here, and everything that it writes to, workspace included, is allocated here: on CUDA by torch on the current
+stream, so that memory is reused in the right order and a call can be captured in a CUDA graph.
+
+Each function has a PyTorch twin of the same signature and meaning (in `tokens/`), for where it cannot run.
+"""
+
+import functools
+import os
+import types
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moda_kernels.runtime import checks
+
+_extension: types.ModuleType | None = None
+_missing: str | None = None  # why there is no extension
+if os.environ.get("MODA_KERNELS_NATIVE", "1") == "0":
+    _missing = "switched off by MODA_KERNELS_NATIVE=0"
+else:
+    try:
+        import moda_kernels._native as _extension
+    except ModuleNotFoundError:
+        _missing = "not built: no C++ compiler at installation, a build that failed, or left out on purpose"
+    except ImportError as error:
+        _missing = f"built, but it cannot be loaded: {error}"
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether the functions below take tensors of a device."""
+    if _extension is None:
+        return False
+    return device.type == "cpu" or (device.type == "cuda" and not _cuda_fault(_index(device)))
+
+
+def why_not(device_type: str) -> str | None:
+    """Why the extension doesn't run on ``"cpu"`` or ``"cuda"`` here, in plain words; None where it does."""
+    if _extension is None:
+        return _missing
+    if device_type == "cpu":
+        return None
+    if device_type != "cuda":
+        return f"there is no native code for {device_type}"
+    if not _extension.WITH_CUDA:
+        return "built without CUDA: no CUDA compiler at installation, a build that failed, or left out on purpose"
+    if not torch.cuda.is_available():
+        return "PyTorch finds no CUDA device"
+    return _cuda_fault(torch.cuda.current_device()) or None
+
+
+def build_info() -> dict[str, str]:
+    """What the extension was built with, for reports. Empty where there is none."""
+    if _extension is None:
+        return {}
+    info = {"file": str(_extension.__file__)}
+    if _extension.WITH_CUDA:
+        version = _extension.CUDA_RUNTIME
+        info["cuda runtime"] = f"{version // 1000}.{version % 1000 // 10}, linked in"
+        info["cuda architectures"] = _extension.CUDA_ARCHITECTURES
+    return info
+
+
+def segment_tokens(
+    modality: Tensor, items: Tensor | None, cu_seqlens: Tensor, num_modalities: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `layout.segment_tokens_torch`, its twin."""
+    extension, device = _loaded(), modality.device
+    tokens, sequences = modality.numel(), cu_seqlens.numel() - 1
+    checks.integer("num_modalities", num_modalities, 1)
+    if tokens >= 2**31 - 1:
+        raise checks.wrong_value("modality", "fewer than 2^31 - 1 tokens", f"{tokens}")
+    modality = _checked("modality", modality, device, (tokens,))
+    cu_seqlens = _checked("cu_seqlens", cu_seqlens, device, (sequences + 1,))
+    if items is not None:
+        items = _checked("items", items, device, (tokens,), torch.int64)
+
+    new = functools.partial(torch.empty, dtype=torch.int32, device=device)
+    segment, position, sequence, num_segments = new(tokens), new(tokens), new(tokens), new(1)
+    prefix = new(tokens + 1, num_modalities)
+    index, stream = _queue(device)
+    workspace = new(extension.segment_tokens_workspace(tokens, num_modalities) if index >= 0 else 0)
+    extension.segment_tokens(
+        device=index,
+        stream=stream,
+        workspace=workspace.data_ptr(),
+        tokens=tokens,
+        sequences=sequences,
+        modalities=num_modalities,
+        modality=modality.data_ptr(),
+        items=0 if items is None else items.data_ptr(),
+        cu_seqlens=cu_seqlens.data_ptr(),
+        segment=segment.data_ptr(),
+        position=position.data_ptr(),
+        sequence=sequence.data_ptr(),
+        prefix=prefix.data_ptr(),
+        num_segments=num_segments.data_ptr(),
+    )
+    return segment, position, sequence, prefix, num_segments
+
+
+def segment_table(modality: Tensor, segment: Tensor, sequence: Tensor, max_segments: int) -> Tensor:
+    """See `layout.segment_table_torch`, its twin."""
+    extension, device, tokens = _loaded(), modality.device, modality.numel()
+    modality = _checked("modality", modality, device, (tokens,))
+    segment = _checked("segment", segment, device, (tokens,))
+    sequence = _checked("sequence", sequence, device, (tokens,))
+    checks.integer("max_segments", max_segments, 0, 2**31 - 1)
+
+    table = torch.empty(max_segments, 4, dtype=torch.int32, device=device)
+    index, stream = _queue(device)
+    extension.segment_table(
+        device=index,
+        stream=stream,
+        tokens=tokens,
+        max_segments=max_segments,
+        modality=modality.data_ptr(),
+        segment=segment.data_ptr(),
+        sequence=sequence.data_ptr(),
+        table=table.data_ptr(),
+    )
+    return table
+
+
+def tile_lists(
+    modality: Tensor,
+    segment: Tensor,
+    position: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_q: Tensor,
+    first_column: Tensor,
+    rules: list[int],
+    window: int | None,
+    block_q: int,
+    block_k: int,
+    capacities: tuple[int, int, int, int],
+) -> tuple[Tensor, ...]:
+    """See `tiles.tile_lists_torch`, its twin."""
+    extension, device = _loaded(), modality.device
+    tokens, sequences = modality.numel(), cu_seqlens.numel() - 1
+    modality = _checked("modality", modality, device, (tokens,))
+    segment = _checked("segment", segment, device, (tokens,))
+    position = _checked("position", position, device, (tokens,))
+    cu_seqlens = _checked("cu_seqlens", cu_seqlens, device, (sequences + 1,))
+    cu_seqlens_q = _checked("cu_seqlens_q", cu_seqlens_q, device, (sequences + 1,))
+    first_column = _checked("first_column", first_column, device, (sequences,))
+    query_tiles, key_tiles, key_width, query_width = capacities
+    num_modalities = int(len(rules) ** 0.5)
+
+    new = functools.partial(torch.empty, dtype=torch.int32, device=device)
+    q_rows, k_rows = new(query_tiles, 3), new(key_tiles, 3)
+    key_lists, key_counts = new(query_tiles, key_width), new(query_tiles, 2)
+    query_lists, query_counts = new(key_tiles, query_width), new(key_tiles, 2)
+    overflow = new(1)
+    index, stream = _queue(device)
+    size = extension.tile_lists_workspace(sequences, num_modalities, query_tiles, key_tiles) if index >= 0 else 0
+    workspace = new(size)
+
+    def side(of: Sequence[Tensor], block: int) -> tuple[int, ...]:
+        return *(t.data_ptr() for t in of), block, *of[2].shape
+
+    extension.tile_lists(
+        device=index,
+        stream=stream,
+        workspace=workspace.data_ptr(),
+        sequences=sequences,
+        modalities=num_modalities,
+        modality=modality.data_ptr(),
+        segment=segment.data_ptr(),
+        position=position.data_ptr(),
+        first_column=first_column.data_ptr(),
+        rules=rules,
+        window=extension.NO_WINDOW if window is None else min(window, extension.NO_WINDOW),
+        queries=side((cu_seqlens_q, q_rows, key_lists, key_counts), block_q),
+        keys=side((cu_seqlens, k_rows, query_lists, query_counts), block_k),
+        overflow=overflow.data_ptr(),
+    )
+    return q_rows, k_rows, key_lists, key_counts, query_lists, query_counts, overflow
+
+
+def _loaded() -> types.ModuleType:
+    if _extension is None:
+        raise RuntimeError(f"moda_kernels: there is no native extension: {_missing}")
+    return _extension
+
+
+def _checked(
+    name: str, value: Tensor, device: torch.device, shape: tuple[int, ...], dtype: torch.dtype = torch.int32
+) -> Tensor:
+    """A contiguous tensor of this dtype, shape and device; its caller keeps it until the extension has been called."""
+    if checks.tensor(name, value).dtype != dtype:
+        raise checks.wrong_type(name, f"a tensor of {dtype}", value)
+    checks.shape(name, value, shape, "a flat tensor,")
+    checks.same_device(name, value, device, "modality")
+    return value.contiguous()
+
+
+def _queue(device: torch.device) -> tuple[int, int]:
+    """The CUDA device and the stream to work on; (-1, 0) for the CPU."""
+    if device.type != "cuda":
+        return -1, 0
+    return _index(device), torch.cuda.current_stream(device).cuda_stream
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+@functools.cache
+def _cuda_fault(index: int) -> str:
+    """Why the extension doesn't run on a CUDA device, or "": no CUDA half, no code for this GPU, too old a driver."""
+    return str(_loaded().cuda_probe(index))

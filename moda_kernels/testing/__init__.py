@@ -1,0 +1,22 @@
+"""For tests, benchmarks and `verify`: cases of attention, the oracle and the error criterion.
+
+`cases.py` makes inputs; `oracle.py` runs and judges them.
+"""
+
+from moda_kernels.testing.cases import (
+    CASES,
+    PADDING,
+    Case,
+    Inputs,
+    Result,
+    generator,
+    random_ids,
+    random_layout,
+    random_mask,
+)
+from moda_kernels.testing.oracle import Comparison, check, compare, eager, oracle, run
+
+__all__ = [
+    "CASES", "PADDING", "Case", "Comparison", "Inputs", "Result", "check", "compare", "eager", "generator", "oracle",
+    "random_ids", "random_layout", "random_mask", "run",
+]  # fmt: skip

@@ -1,0 +1,189 @@
+"""Cases run and judged: the oracle and the error criterion.
+
+The oracle is the reference backend in float64 on the same, already rounded, inputs. A result is good where its error is
+at most twice that of the same maths in eager low precision (the reference backend in the case's dtype), plus two units
+in the last place of the largest number.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moda_kernels.backends import use_backend
+from moda_kernels.runtime import backend_name
+from moda_kernels.testing.cases import Case, Inputs, Result, generator
+
+#: float64 has no finer oracle to measure its own rounding with: room for another order of the sums.
+FLOAT64_ULPS = 512
+#: Orders of summation in which eager PyTorch is tried where a normed Gram matrix is in play.
+ORDERS = 4
+
+
+def run(
+    case: Case | Inputs,
+    dtype: torch.dtype = torch.float32,
+    backend: str | None = None,
+    *,
+    compute: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    **sizes: int,
+) -> Result:
+    """Run a case forward and backward, under random gradients of out and lse.
+
+    Args:
+        dtype: to which the inputs are rounded.
+        backend: as in `moda_attention`.
+        compute: to which the rounded inputs are then cast. Default: ``dtype``.
+        sizes: length and head_dim, of `Case.build`.
+
+    Raises:
+        NotImplementedError: the backend can't run the case.
+    """
+    inputs = case.build(dtype, device, seed=seed, **sizes) if isinstance(case, Case) else case
+    tensors = {name: t.to(compute or dtype).requires_grad_() for name, t in inputs.tensors.items()}
+    g = generator(seed + 2)
+    # By name for the block, so that key maps are made by the backend's kernels too.
+    with use_backend(backend or backend_name.name()):
+        out, lse = inputs.call(tensors, backend=backend)
+        upstream = [torch.randn(t.shape, generator=g).to(device, dtype).to(t.dtype) for t in (out, lse)]
+        grads = torch.autograd.grad((out, lse), tuple(tensors.values()), upstream)
+    named = {f"d {name}": grad for name, grad in zip(tensors, grads, strict=True)}
+    return Result({"out": out.detach(), "lse": lse.detach(), **named})
+
+
+def oracle(case: Case | Inputs, dtype: torch.dtype, **options: Any) -> Result:
+    """The right answer: the reference backend in float64 on the inputs rounded to ``dtype``. Options: as in `run`."""
+    return run(case, dtype, "reference", compute=torch.float64, **options)
+
+
+def eager(case: Case | Inputs, dtype: torch.dtype, **options: Any) -> list[Result]:
+    """The reference backend in a dtype, whose error is the measure of a kernel's. Options: as in `run`.
+
+    Rows of a Gram matrix are divided by their norm, and a row whose norm is almost 0 (a key with an almost empty entry,
+    early in a sequence) makes gradients ill-conditioned: eager PyTorch's own error then changes several times over with
+    the order in which it sums. So with a fused map it is run with the head dimension in several orders, which is the
+    same maths; the measure is the worst of them.
+    """
+    sizes = {name: options.pop(name) for name in ("length", "head_dim") if name in options}
+    seed = options.get("seed", 0)
+    inputs = case
+    if isinstance(case, Case):
+        inputs = case.build(dtype, options.get("device", "cpu"), seed=seed, **sizes)
+    assert isinstance(inputs, Inputs)
+    results = [run(inputs, dtype, "reference", **options)]
+    if not isinstance(case, Case) or case.fusion in (None, "released") or dtype == torch.float64:
+        return results
+    dim = inputs.tensors["key"].shape[-1]
+    for i in range(1, ORDERS):
+        order = torch.randperm(dim, generator=generator(i))
+        tensors = {name: _reordered(name, t, order.to(t.device)) for name, t in inputs.tensors.items()}
+        result = run(dataclasses.replace(inputs, tensors=tensors), dtype, "reference", **options)
+        back = torch.argsort(order)
+        results.append(Result({n: _reordered(n[2:], t, back.to(t.device)) for n, t in result.tensors.items()}))
+    return results
+
+
+def _reordered(name: str, x: Tensor, order: Tensor) -> Tensor:
+    """A tensor of a case (or its gradient) with the head dimension of queries and keys in another order."""
+    if name in ("query", "key", "ratio"):
+        return x[..., order]
+    if name == "weight":  # [M, D, D] or [M, D, 2 D]
+        halves = x[:, order].reshape(*x.shape[:-1], -1, order.numel())
+        return halves[..., order].flatten(-2)
+    return x
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One tensor's largest error against the oracle, the error allowed, and whether infinities and NaN agree."""
+
+    name: str
+    error: float
+    allowed: float
+    same_special: bool
+
+    @property
+    def good(self) -> bool:
+        return self.same_special and self.error <= self.allowed
+
+    def __str__(self) -> str:
+        special = "" if self.same_special else ", infinities or NaN elsewhere"
+        return f"{self.name}: error {self.error:.3g}, allowed {self.allowed:.3g}{special}"
+
+
+@functools.cache
+def sdpa_error(dtype: torch.dtype, device: str = "cpu") -> float:
+    """The error that torch's own SDPA makes in a dtype, forward and backward, as a share of the largest number.
+
+    It is what `moda_attention` takes the place of. Its kernels compute weights again from lse in the backward, and on
+    the CPU with exponentials of 20 bits, so softmax written out in PyTorch alone would be too strict a measure for any
+    kernel built like it.
+    """
+    worst = 0.0
+    for number in range(8):
+        g = generator(number)
+        q, k, v, upstream = (torch.randn(2, 4, 63, 16, generator=g).to(dtype).to(device) for _ in range(4))
+        seen = (torch.rand(63, 63, generator=g) > 0.4).to(device) | torch.eye(63, dtype=torch.bool, device=device)
+
+        def attend(
+            wide: torch.dtype, inputs: tuple[Tensor, ...] = (q, k, v, upstream), seen: Tensor = seen
+        ) -> list[Tensor]:
+            query, key, value = leaves = [t.to(wide).requires_grad_() for t in inputs[:3]]
+            out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=0.5)
+            return [out.detach(), *torch.autograd.grad(out, leaves, inputs[3].to(wide))]
+
+        for got, right in zip(attend(dtype), attend(torch.float64), strict=True):
+            worst = max(worst, _largest(got.double() - right) / _largest(right))
+    return worst
+
+
+def compare(result: Result, exact: Result, usual: Result | Sequence[Result], dtype: torch.dtype) -> list[Comparison]:
+    """Each tensor's error against the oracle: allowed is 2 × the error of eager PyTorch (`eager`, the largest, or SDPA
+    where that is larger: `sdpa_error`) + 2 eps(dtype) × the largest exact number (float64, where the oracle itself is
+    no finer: 512 eps)."""
+    runs = [usual] if isinstance(usual, Result) else usual
+    ulps = FLOAT64_ULPS if dtype == torch.float64 else 2
+    compared = []
+    for name, right in exact.tensors.items():
+        device = right.device
+        got, *ours = (r.tensors[name].to(device, torch.float64) for r in (result, *runs))
+        right = right.double()
+        if got.shape != right.shape:
+            raise AssertionError(f"{name}: shape {tuple(got.shape)}, the oracle has {tuple(right.shape)}")
+        special = ~torch.isfinite(right)
+        same = bool(torch.equal(torch.isfinite(got), ~special)) and bool(
+            torch.equal(torch.nan_to_num(got[special], nan=7.0), torch.nan_to_num(right[special], nan=7.0))
+        )
+        difference, *differences = (_largest((t - right)[~special]) for t in (got, *ours))
+        usual_difference = max(differences)
+        largest = _largest(right[~special])
+        if dtype != torch.float64:
+            usual_difference = max(usual_difference, sdpa_error(dtype, device.type) * largest)
+        allowed = 2 * usual_difference + ulps * torch.finfo(dtype).eps * largest
+        compared.append(Comparison(name, difference, allowed, same))
+    return compared
+
+
+def _largest(x: Tensor) -> float:
+    """The largest magnitude; NaN wins."""
+    return float(x.abs().max()) if x.numel() else 0.0
+
+
+def check(case: Case | Inputs, dtype: torch.dtype, backend: str, **options: Any) -> list[Comparison]:
+    """Run a case on a backend and raise where it is worse than the criterion allows. Options: as in `run`.
+
+    Raises:
+        AssertionError: naming every tensor that is off. NotImplementedError: the backend can't run the case.
+    """
+    result = run(case, dtype, backend, **options)
+    compared = compare(result, oracle(case, dtype, **options), eager(case, dtype, **options), dtype)
+    wrong = [str(c) for c in compared if not c.good]
+    if wrong:
+        raise AssertionError(f"{case} in {dtype} on {backend!r}: " + "; ".join(wrong))
+    return compared

@@ -1,0 +1,215 @@
+"""Modality ids to segments: `segment_modalities`, which makes a layout, and its operators."""
+
+import torch
+from torch import Tensor
+
+from moda_kernels.runtime import checks, native
+from moda_kernels.runtime.operators import operator
+from moda_kernels.tokens.layout import ModalityLayout, abridged, bad_bounds, cu_seqlens_argument
+
+#: Ids that reach this are more likely token ids than modalities.
+MANY_MODALITIES = 256
+
+
+def segment_modalities(
+    modality_ids: Tensor,
+    *,
+    num_modalities: int | None = None,
+    item_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_segments: int | None = None,
+) -> ModalityLayout:
+    """Cut sequences into segments: the longest runs of one modality (and one item) in one sequence.
+
+    Args:
+        modality_ids: integer ``[B, L]`` (a batch) or ``[T]`` (packed documents, with ``cu_seqlens``): 0…M-1, or -1 for
+            padding, which may stand anywhere, ends a run and belongs to no segment.
+        num_modalities: M. Default: the largest id + 1, from 1 to 256; reading it waits for a CUDA device.
+        item_ids: integer, shape and device of ``modality_ids``; tokens with different items are in different segments
+            (two images side by side).
+        cu_seqlens: int32 or int64 ``[N + 1]``, from 0 to T, non-decreasing: the first token of each document.
+        max_segments: an upper bound of the number of segments, so that nothing waits for a CUDA device. Default: their
+            number.
+
+    Returns:
+        A :class:`ModalityLayout` on the device of ``modality_ids``. Given both ``num_modalities`` and
+        ``max_segments``, making it on CUDA neither synchronises nor breaks a graph capture.
+
+    Raises:
+        TypeError: an argument that is not an integer tensor, or not an int.
+        ValueError: wrong shapes or devices; on the CPU also ids outside -1…M-1, bad ``cu_seqlens``, more segments than
+            ``max_segments``. On CUDA values are looked at in :meth:`ModalityLayout.check` only: until then an id out
+            of range counts as padding, and too many segments poison outputs with NaN.
+    """
+    cu_seqlens = _check_arguments(modality_ids, item_ids, cu_seqlens)
+    on_cpu = checks.looks_at_values(modality_ids.device)
+    if modality_ids.dtype in (torch.int8, torch.uint8):
+        modality_ids = modality_ids.int()  # -1 and M are to be compared with
+    if num_modalities is None:
+        num_modalities = max(1, int(modality_ids.max()) + 1) if modality_ids.numel() else 1
+        if num_modalities > MANY_MODALITIES:
+            expected = f"to be given where ids reach {MANY_MODALITIES} (counts per modality are kept for every token)"
+            raise checks.wrong_value("num_modalities", expected, f"ids up to {num_modalities - 1}: are they token ids?")
+    checks.integer("num_modalities", num_modalities, 1)
+    if max_segments is not None:
+        checks.integer("max_segments", max_segments, 0)
+
+    in_range = (modality_ids >= -1) & (modality_ids < num_modalities)
+    faults = None
+    if not on_cpu:
+        faults = torch.stack(((~in_range).sum(), bad_bounds(cu_seqlens, modality_ids.numel()))).int()
+        # In bounds whatever came, so that nothing below can read or write elsewhere.
+        cu_seqlens = cu_seqlens.clamp(0, modality_ids.numel()).cummax(0).values
+    elif not bool(in_range.all()):
+        bad = int(modality_ids[~in_range][0])
+        raise checks.wrong_value("modality_ids", f"ids from -1 (padding) to {num_modalities - 1}", f"the id {bad}")
+    elif bad_bounds(cu_seqlens, modality_ids.numel()):
+        expected = f"non-decreasing offsets from 0 to the {modality_ids.numel()} tokens"
+        raise checks.wrong_value("cu_seqlens", expected, f"{abridged(cu_seqlens)}")
+
+    modality = torch.where(in_range, modality_ids, -1).int().flatten()
+    items = None if item_ids is None else item_ids.long().flatten().contiguous()
+    cu_seqlens = cu_seqlens.to(torch.int32, copy=True).contiguous()
+    segment, position, sequence, prefix, num_segments = _op_segment_tokens(modality, items, cu_seqlens, num_modalities)
+
+    if max_segments is None or on_cpu:
+        segments = int(num_segments)
+        if max_segments is None:
+            max_segments = segments
+        elif segments > max_segments:
+            raise checks.wrong_value("max_segments", f"at least the {segments} segments there are", max_segments)
+    # A token past the last document (possible on CUDA only) has become padding.
+    modality = torch.where(segment >= 0, modality, -1) if faults is not None else modality
+    shape = modality_ids.shape
+    return ModalityLayout(
+        modality=modality.view(shape),
+        segment=segment.view(shape),
+        position=position.view(shape),
+        sequence=sequence.view(shape),
+        counts=prefix[cu_seqlens[1:]] - prefix[cu_seqlens[:-1]],
+        cu_seqlens=cu_seqlens,
+        num_modalities=num_modalities,
+        max_segments=max_segments,
+        num_segments=num_segments,
+        prefix=prefix,
+        table=_op_segment_table(modality, segment, sequence, max_segments),
+        faults=faults,
+    )
+
+
+def segment_tokens_torch(
+    modality: Tensor, items: Tensor | None, cu_seqlens: Tensor, num_modalities: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The PyTorch twin of `native.segment_tokens`.
+
+    Args:
+        modality: int32 ``[T]``, -1…M-1.
+        items: int64 ``[T]`` or None.
+        cu_seqlens: int32 ``[N + 1]``, within 0…T and non-decreasing; tokens outside of it are padding.
+
+    Returns:
+        segment, position, sequence (int32 ``[T]``), prefix (int32 ``[T + 1, M]``), num_segments (int32 ``[1]``).
+    """
+    tokens = torch.arange(modality.numel(), dtype=torch.int32, device=modality.device)
+    sequence = torch.searchsorted(cu_seqlens[1:], tokens, right=True).int()
+    real = (modality >= 0) & (tokens >= cu_seqlens[:1]) & (tokens < cu_seqlens[-1:])
+    one_hot = modality[:, None] == torch.arange(num_modalities, device=modality.device)
+    prefix = torch.zeros(modality.numel() + 1, num_modalities, dtype=torch.int32, device=modality.device)
+    torch.cumsum(one_hot & real[:, None], 0, dtype=torch.int32, out=prefix[1:])
+
+    same = torch.zeros_like(real)
+    same[1:] = real[:-1] & (modality[1:] == modality[:-1]) & (sequence[1:] == sequence[:-1])
+    if items is not None:
+        same[1:] &= items[1:] == items[:-1]
+    begins = real & ~same
+    started = torch.cumsum(begins, 0, dtype=torch.int32)
+    segment = torch.where(real, started - 1, -1)
+    seen = prefix.sum(1, dtype=torch.int32)
+    # min(): a token past the last document has no sequence start of its own.
+    first = cu_seqlens[sequence.clamp(max=cu_seqlens.numel() - 1)]
+    position = torch.where(real, seen[:-1] - seen[first], -1)
+    sequence = sequence.clamp(max=max(cu_seqlens.numel() - 2, 0))
+    num_segments = begins.sum(dtype=torch.int32).view(1)
+    return segment, position, sequence, prefix, num_segments
+
+
+def segment_table_torch(modality: Tensor, segment: Tensor, sequence: Tensor, max_segments: int) -> Tensor:
+    """The PyTorch twin of `native.segment_table`: int32 ``[max_segments, 4]``, see `ModalityLayout.table`."""
+    tokens = torch.arange(modality.numel(), dtype=torch.int32, device=modality.device)
+    # One row more takes what belongs to no segment, or to one too many.
+    row = torch.where((segment >= 0) & (segment < max_segments), segment, max_segments).long()
+    table = torch.zeros(max_segments + 1, 4, dtype=torch.int32, device=modality.device)
+    table[:, 0].scatter_(0, row, sequence)
+    table[:, 1].fill_(modality.numel()).scatter_reduce_(0, row, tokens, "amin")
+    table[:, 2].scatter_add_(0, row, torch.ones_like(tokens))
+    table[:, 3].scatter_(0, row, modality)
+    return torch.where(table[:, 2:3] > 0, table, 0)[:max_segments].contiguous()
+
+
+def _segment_tokens(
+    modality: Tensor, items: Tensor | None, cu_seqlens: Tensor, num_modalities: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    segment_tokens = native.segment_tokens if native.runs_on(modality.device) else segment_tokens_torch
+    return segment_tokens(modality, items, cu_seqlens, num_modalities)
+
+
+def _segment_tokens_fake(
+    modality: Tensor, items: Tensor | None, cu_seqlens: Tensor, num_modalities: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tokens = modality.numel()
+    per_token = (torch.empty_like(modality) for _ in range(3))
+    return *per_token, modality.new_empty(tokens + 1, num_modalities), modality.new_empty(1)  # type: ignore[return-value]
+
+
+def _segment_table(modality: Tensor, segment: Tensor, sequence: Tensor, max_segments: int) -> Tensor:
+    segment_table = native.segment_table if native.runs_on(modality.device) else segment_table_torch
+    return segment_table(modality, segment, sequence, max_segments)
+
+
+def _segment_table_fake(modality: Tensor, segment: Tensor, sequence: Tensor, max_segments: int) -> Tensor:
+    return modality.new_empty(max_segments, 4)
+
+
+_op_segment_tokens = operator(
+    "_segment_tokens(Tensor modality, Tensor? items, Tensor cu_seqlens, int num_modalities)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _segment_tokens,
+    _segment_tokens_fake,
+)
+
+
+_op_segment_table = operator(
+    "_segment_table(Tensor modality, Tensor segment, Tensor sequence, SymInt max_segments) -> Tensor",
+    _segment_table,
+    _segment_table_fake,
+)
+
+
+def _check_arguments(modality_ids: Tensor, item_ids: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """Shapes, dtypes and devices; returns cu_seqlens, made for a batch."""
+    checks.has_numbers("modality_ids", checks.integer_tensor("modality_ids", modality_ids))
+    if item_ids is not None:
+        checks.integer_tensor("item_ids", item_ids)
+        checks.shape("item_ids", item_ids, modality_ids.shape, "of modality_ids")
+        checks.same_device("item_ids", item_ids, modality_ids.device, "modality_ids")
+    if cu_seqlens is None:
+        if modality_ids.dim() != 2:
+            raise checks.wrong_value("modality_ids", "[B, L], or [T] together with cu_seqlens", modality_ids)
+        rows, length = modality_ids.shape
+        return torch.arange(rows + 1, dtype=torch.int32, device=modality_ids.device) * length
+    if modality_ids.dim() != 1:
+        raise checks.wrong_value("modality_ids", "[T] together with cu_seqlens", modality_ids)
+    return cu_seqlens_argument("cu_seqlens", cu_seqlens, modality_ids.device)
+
+
+def as_layout(layout: ModalityLayout | Tensor, num_modalities: int | None = None) -> ModalityLayout:
+    """A layout as it is, or made from modality ids ``[B, L]``."""
+    if isinstance(layout, ModalityLayout):
+        return layout
+    if not isinstance(layout, Tensor):
+        raise checks.wrong_type("layout", "a ModalityLayout or a tensor of modality ids [B, L]", layout)
+    if layout.dim() != 2:
+        raise checks.wrong_value(
+            "layout", "a ModalityLayout, or modality ids [B, L] (packed: call segment_modalities)", layout
+        )
+    return segment_modalities(layout, num_modalities=num_modalities)
