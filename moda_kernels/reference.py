@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moda_kernels.alignment.aligner import aligner, maps
+from moda_kernels.alignment import aligner, maps
 from moda_kernels.alignment.maps import KeyMap, ModalityMap
 from moda_kernels.alignment.memory import DecodeState, LayerState, layer_of
 from moda_kernels.call import AttentionCall
