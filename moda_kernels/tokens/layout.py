@@ -266,6 +266,8 @@ def _query_rows(
     else:
         columns = first_column[sequence].long() + rows - cu_q[sequence]
         inside = (columns >= key_starts[sequence]) & (columns < key_ends[sequence])
+        # A row before the first document or past the last one (on CUDA bounds aren't looked at) is in none.
+        inside &= (rows >= cu_q[sequence]) & (rows < cu_q[sequence + 1])
         columns = torch.where(inside, columns, -1)
     return QueryRows(tuple(shape), cu_q, first_column, columns.view(shape))
 

@@ -157,7 +157,7 @@ class ModularMask:
         device, m = layout.device, self.num_modalities
         column = queries.columns.clamp(min=0)
         modality, position = queries.of(layout.modality), queries.of(layout.position)
-        if layout.num_tokens == 0 or column.numel() == 0:
+        if layout.num_tokens == 0 or layout.num_sequences == 0 or column.numel() == 0:
             return torch.zeros(*queries.shape, m, dtype=torch.int32, device=device)
         sequence = queries.of(layout.sequence, 0)
         start = layout.cu_seqlens[sequence]

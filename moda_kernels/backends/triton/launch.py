@@ -12,6 +12,7 @@ A call is described by plain tensors and numbers (operators take nothing else):
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,12 +76,15 @@ def forward(
 
 def forward_outputs(query: Tensor, value: Tensor, split: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Room for output, parts and lse: out in the memory order of the query; lse ``[B, Hq, Lq]``, packed ``[Hq, T]``,
-    split with a last axis of 2."""
+    split with a last axis of 2. (Packed: 0 and -inf, see `_new`.)"""
     out = _new(query, value.shape[-1])
     parts = _new(query, value.shape[-1], (2,)) if split else out.new_empty(0)
     packed = query.dim() == 3
     shape = (query.shape[1], query.shape[0]) if packed else tuple(query.shape[:3])
-    lse = torch.empty((*((2,) if split else ()), *shape), dtype=torch.float32, device=query.device)
+    shape = (2, *shape) if split else shape
+    lse = torch.empty(shape, dtype=torch.float32, device=query.device)
+    if packed:
+        lse.fill_(-math.inf)
     return out, parts, lse.movedim(0, -1) if split else lse
 
 
