@@ -80,7 +80,7 @@ class AttentionCall:
             if query_start is not None or cu_seqlens_q is not None:
                 name = "query_start" if query_start is not None else "cu_seqlens_q"
                 raise checks.wrong_value(name, "None together with state, which knows it", query_start or cu_seqlens_q)
-            place = layer_of(state).state.place(query, key, mask, is_causal, layout)
+            place = layer_of(state).history.place(query, key, mask, is_causal, layout)
             layout, query_start, cu_seqlens_q = place
         if layout is None:
             raise checks.wrong_value(

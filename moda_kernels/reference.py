@@ -132,8 +132,8 @@ class DuplexAligner(aligner.DuplexAligner):
         if state is not None:
             memory = layer_of(state)
             layout = memory.layout_for(key, layout)
-            if layout.modality.shape[-1] < memory.state.length:
-                raise checks.wrong_value("key", f"the keys of all {memory.state.length} tokens", key)
+            if layout.modality.shape[-1] < memory.history.length:
+                raise checks.wrong_value("key", f"the keys of all {memory.history.length} tokens", key)
         elif layout is None:
             raise checks.wrong_value("layout", "a ModalityLayout, modality ids, or state", None)
         layout = as_layout(layout, self.num_modalities)
@@ -184,11 +184,11 @@ class _TokenMap(KeyMap):
     layout: ModalityLayout
 
     @property
-    def num_heads(self) -> int:  # type: ignore[override]
+    def num_heads(self) -> int:
         return self.source.shape[1]
 
     @property
-    def head_dim(self) -> int:  # type: ignore[override]
+    def head_dim(self) -> int:
         return self.source.shape[2]
 
     def align(self, key: Tensor, layout: ModalityLayout) -> Tensor:

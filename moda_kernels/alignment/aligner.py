@@ -142,7 +142,7 @@ class DuplexAligner(nn.Module):
         causal, m = self.scope == "causal", self.num_modalities
         begin, end = memory.begin(causal)
         new, part = memory.new_tokens("key", key, begin, end)
-        if causal and end < memory.state.length:  # cropped: these are aligned already
+        if causal and end < memory.history.length:  # cropped: these are aligned already
             memory.add(new, new, part.groups("modality"), m, end)
             begin, end = memory.begin(causal)
             new, part = memory.new_tokens("key", key, begin, end)

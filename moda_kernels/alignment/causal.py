@@ -51,11 +51,11 @@ class CausalMap(KeyMap):
     before_counts: Tensor | None = None
 
     @property
-    def num_heads(self) -> int:  # type: ignore[override]
+    def num_heads(self) -> int:
         return self.source.shape[-2]
 
     @property
-    def head_dim(self) -> int:  # type: ignore[override]
+    def head_dim(self) -> int:
         return self.source.shape[-1]
 
     def align(self, key: Tensor, layout: ModalityLayout) -> Tensor:

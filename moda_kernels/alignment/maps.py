@@ -6,6 +6,7 @@ one projection (`products.segment_project`).
 `causal.py` holds the map of the causal scope: one matrix per segment.
 """
 
+import abc
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +62,7 @@ def fused_matrix(rest: Tensor, ratio: Tensor | None, weight: Tensor | None, fusi
     return added @ weight[..., None, :, :].transpose(-1, -2)
 
 
-class KeyMap:
+class KeyMap(abc.ABC):
     """A linear map of keys, made by a :class:`DuplexAligner` or by :func:`released_key_map`.
 
     Applied by :func:`align_keys`, or by :func:`moda_kernels.moda_attention`, which need not write the aligned keys.
@@ -71,9 +72,15 @@ class KeyMap:
         layout: of the keys that it was made from.
     """
 
-    num_heads: int
-    head_dim: int
     layout: ModalityLayout
+
+    @property
+    @abc.abstractmethod
+    def num_heads(self) -> int: ...
+
+    @property
+    @abc.abstractmethod
+    def head_dim(self) -> int: ...
 
     @property
     def num_modalities(self) -> int:
@@ -96,9 +103,9 @@ class KeyMap:
         if not fits:
             raise checks.wrong_value("key_map", f"a map made with {layout!r}", f"one made with {self.layout!r}")
 
+    @abc.abstractmethod
     def align(self, key: Tensor, layout: ModalityLayout) -> Tensor:
         """Fused keys of ``[T, Hkv, D]`` or ``[B, L, Hkv, D]``, in the same shape and dtype."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,11 +125,11 @@ class ModalityMap(KeyMap):
     layout: ModalityLayout
 
     @property
-    def num_heads(self) -> int:  # type: ignore[override]
+    def num_heads(self) -> int:
         return self.matrix.shape[2]
 
     @property
-    def head_dim(self) -> int:  # type: ignore[override]
+    def head_dim(self) -> int:
         return self.matrix.shape[3]
 
     @property
@@ -150,11 +157,11 @@ class KeptKeys(KeyMap):
     layout: ModalityLayout
 
     @property
-    def num_heads(self) -> int:  # type: ignore[override]
+    def num_heads(self) -> int:
         return self.keys.shape[1]
 
     @property
-    def head_dim(self) -> int:  # type: ignore[override]
+    def head_dim(self) -> int:
         return self.keys.shape[-1]
 
     def align(self, key: Tensor, layout: ModalityLayout) -> Tensor:

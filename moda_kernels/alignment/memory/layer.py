@@ -1,18 +1,15 @@
 """`LayerState`, what one attention layer remembers: Gram sums and, with the causal scope, aligned keys."""
 
 from collections import deque
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from moda_kernels import products
 from moda_kernels.alignment.memory.documents import merged, scattered
+from moda_kernels.alignment.memory.history import History, Moved
 from moda_kernels.runtime import checks
 from moda_kernels.tokens.layout import ModalityLayout
-
-if TYPE_CHECKING:
-    from moda_kernels.alignment.memory.state import DecodeState
 
 #: Room for new aligned keys, in parts of those there are: copying all of them costs O(1) per token so.
 GROWTH = 4
@@ -26,11 +23,11 @@ class LayerState:
             the released variant ``[N, 1, Hkv, D, D]``. None before the first call.
     """
 
-    def __init__(self, state: "DecodeState") -> None:
-        self.state = state
+    def __init__(self, history: History) -> None:
+        self.history = history
         self.gram: Tensor | None = None
         self._summed = 0  # tokens in `gram`
-        self._before: deque[tuple[int, Tensor | None]] = deque(maxlen=2 if state.undo else 0)  # older (_summed, gram)
+        self._before: deque[tuple[int, Tensor | None]] = deque(maxlen=2 if history.undo else 0)  # older (_summed, gram)
         # Aligned keys of the last tokens before `_aligned`: columns first…end-1 of a buffer that may have room behind.
         self._buffer: Tensor | None = None
         self._first = self._end = 0
@@ -40,7 +37,7 @@ class LayerState:
 
     def layout_for(self, key: Tensor, layout: ModalityLayout | Tensor | None) -> ModalityLayout:
         """The layout of these keys of the cache; a layout that the caller named has to be the same."""
-        return self.state._layout_for(key, layout)
+        return self.history.layout_for(key, layout)
 
     def begin(self, causal: bool) -> tuple[int, int]:
         """(first, last + 1) of the tokens that a call has to look at: those not yet summed and, for the causal scope,
@@ -49,15 +46,15 @@ class LayerState:
         Raises:
             ValueError: nothing is new.
         """
-        state = self.state
-        state.layout()
-        if state.packed and self._summed not in (0, state.length - state._newest):
+        history = self.history
+        history.layout()
+        if history.packed and self._summed not in (0, history.length - history.newest):
             self._forget()
-        if (self._aligned if causal else self._summed) == state.length and state.length:
+        if (self._aligned if causal else self._summed) == history.length and history.length:
             raise checks.wrong_value(
                 "state", "new tokens (state.append once per step, and state[i] of its own for each layer)", "none"
             )
-        return self._summed, self._aligned if causal and self._aligned > self._summed else state.length
+        return self._summed, self._aligned if causal and self._aligned > self._summed else history.length
 
     def new_tokens(self, name: str, cached: Tensor, begin: int, end: int) -> tuple[Tensor, ModalityLayout]:
         """Keys (or values) of tokens begin…end-1 from a cache ``[B, H, columns, D]``, packed ``[T, H, D]``, as
@@ -66,14 +63,14 @@ class LayerState:
         Raises:
             ValueError: the cache no longer has them.
         """
-        state = self.state
-        part = state._part(begin, end)
-        if state.packed:
+        history = self.history
+        part = history.part(begin, end)
+        if history.packed:
             if begin > 0:
-                assert state._new_bounds is not None and state._bounds is not None
-                cached = cached[merged(state._new_bounds, state._bounds, 1)]
+                assert history.new_bounds is not None and history.bounds is not None
+                cached = cached[merged(history.new_bounds, history.bounds, 1)]
             return cached, part
-        gone = max(state.length - cached.shape[2], 0)
+        gone = max(history.length - cached.shape[2], 0)
         if begin < gone:
             raise checks.wrong_value(
                 name,
@@ -86,13 +83,13 @@ class LayerState:
     def add(self, x: Tensor, y: Tensor, group: Tensor, groups: int, end: int) -> Tensor:
         """Σ x_tᵀ y_t ``[N, G, H, D, E]`` so far, with new tokens ``[tokens, H, D]``; group int64 ``[tokens]``:
         sequence · G + which, -1: none."""
-        n, begin, undo = self.state.layout().num_sequences, self._summed, self.state.undo
+        n, begin, undo = self.history.layout().num_sequences, self._summed, self.history.undo
 
         def plus(before: Tensor | None, group: Tensor) -> Tensor:
             new: Tensor = products.segment_gram(x, y, group, n * groups).unflatten(0, (n, groups))
             return new if before is None else before + new
 
-        if self.state.packed:
+        if self.history.packed:
             self.gram = plus(self.gram, group)
         elif self.gram is not None and end - begin == 1:
             if not self._before or begin - self._before[-1][0] >= undo:
@@ -112,19 +109,19 @@ class LayerState:
     def keep(self, fused: Tensor, begin: int, key: Tensor) -> Tensor:
         """Keep the aligned keys ``[tokens, H, D]`` of tokens begin… (the newest), and return those of all keys of the
         cache, in its shape."""
-        state = self.state
-        if state._bounds is not None:
+        history = self.history
+        if history.bounds is not None:
             if self._buffer is not None and begin > 0:
-                assert state._new_bounds is not None
-                old = state._bounds - state._new_bounds
-                rows = merged(old, state._bounds, 0), merged(state._new_bounds, state._bounds, 1)
+                assert history.new_bounds is not None
+                old = history.bounds - history.new_bounds
+                rows = merged(old, history.bounds, 0), merged(history.new_bounds, history.bounds, 1)
                 fused = scattered(self._buffer, fused, *rows)
-            self._buffer, self._aligned = fused, state.length
+            self._buffer, self._aligned = fused, history.length
             return fused
         columns = key.shape[2]
         new = fused.unflatten(0, (key.shape[0], -1)).transpose(1, 2)
         have = 0 if begin == 0 else self._end - self._first
-        if min(columns, state.length) > have + new.shape[2]:
+        if min(columns, history.length) > have + new.shape[2]:
             expected = f"a cache of at most the last {have + new.shape[2]} keys (older aligned keys are gone)"
             raise checks.wrong_value("key", expected, f"{columns} keys")
         if self._buffer is None or begin == 0:
@@ -133,9 +130,9 @@ class LayerState:
             self._replace(torch.cat((self._buffer[:, :, self._first : self._end], new), 2))
         else:
             self._extend(self._buffer, new, columns)
-        self._aligned = state.length
+        self._aligned = history.length
         assert self._buffer is not None
-        if columns <= state.length:
+        if columns <= history.length:
             return self._buffer[:, :, self._end - columns : self._end]
         if self._first > 0 or self._buffer.shape[2] < columns:
             kept = self._buffer[:, :, self._first : self._end]
@@ -150,7 +147,7 @@ class LayerState:
         """Aligned keys of new tokens behind those kept: in place while there is room."""
         if self._end + new.shape[2] > buffer.shape[2]:
             kept = buffer[:, :, self._first : self._end]
-            if columns < self.state.length:  # of a sliding window only the last ones are needed again
+            if columns < self.history.length:  # of a sliding window only the last ones are needed again
                 kept = kept[:, :, max(kept.shape[2] - columns, 0) :]
             total = kept.shape[2] + new.shape[2]
             buffer = kept.new_zeros(*kept.shape[:2], max(columns, total + total // GROWTH), kept.shape[3])
@@ -161,13 +158,13 @@ class LayerState:
 
     # Called by the state.
 
-    def _reorder(self, sequences: Tensor, rows: Tensor, length: int) -> None:
-        """`length`: tokens before the reordering."""
-        if self.state.packed:
-            if self._summed != length:  # between `append` and the aligner: not worth keeping
+    def reorder(self, moved: Moved) -> None:
+        sequences, rows, before = moved
+        if self.history.packed:
+            if self._summed != before:  # between `append` and the aligner: not worth keeping
                 return self._forget()
-            self._summed = self.state.length
-            self._aligned = self._aligned and self.state.length
+            self._summed = self.history.length
+            self._aligned = self._aligned and self.history.length
         if self.gram is not None:
             self.gram = self.gram.index_select(0, sequences)
         self._before = deque(
@@ -177,7 +174,11 @@ class LayerState:
         if self._buffer is not None:
             self._buffer = self._buffer.index_select(0, rows)
 
-    def _crop(self, length: int) -> None:
+    def crop(self) -> None:
+        """To the tokens that there still are."""
+        if self.history.packed:
+            return self._forget()
+        length = self.history.length
         if self._aligned > length:
             self._end = max(self._end - (self._aligned - length), self._first)
             self._aligned = length

@@ -1,0 +1,259 @@
+"""`History`: which tokens a cache holds, and what they are; all layers share one, `state.py` is its public face.
+
+What was told of the tokens, modality ids first, stands in one tensor, so that a step costs one concatenation.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moda_kernels.alignment.memory.documents import bounds_of, merged, scattered
+from moda_kernels.runtime import checks
+from moda_kernels.tokens.layout import ModalityLayout
+from moda_kernels.tokens.mask import ModularMask
+from moda_kernels.tokens.segments import segment_modalities
+
+#: Rows of `History.told`.
+IDS, ITEMS = range(2)
+#: What they are of padding.
+UNTOLD = (-1, 0)
+
+
+class Place(NamedTuple):
+    """Where an attention call's keys and queries stand: arguments of `moda_attention`."""
+
+    layout: ModalityLayout
+    query_start: int | None
+    cu_seqlens_q: Tensor | None
+
+
+class Moved(NamedTuple):
+    """What a reordering did: which sequence (or document) each new one was, which row of the cache (a sequence; packed:
+    a token) each new one was, and how many tokens there were before."""
+
+    sequences: Tensor
+    rows: Tensor
+    before: int
+
+
+class History:
+    """Tokens so far; see :class:`DecodeState`, whose arguments and errors these are.
+
+    Attributes:
+        told: int64 ``[2, B, L]``, packed ``[2, T]``: ids and items; None before the first append.
+        bounds, new_bounds: packed: cu_seqlens of all tokens and of the last append's.
+        newest: tokens of the last append.
+    """
+
+    def __init__(self, num_modalities: int, undo: int) -> None:
+        self.num_modalities, self.undo = num_modalities, undo
+        self.told: Tensor | None = None
+        self.bounds: Tensor | None = None
+        self.new_bounds: Tensor | None = None
+        self.newest = 0
+        self._room = 0  # an upper bound of the segments of each sequence, so that nothing waits for a CUDA device
+        self._layouts: dict[object, ModalityLayout] = {}
+
+    @property
+    def length(self) -> int:
+        return 0 if self.told is None else self.told.shape[-1]
+
+    @property
+    def packed(self) -> bool:
+        return self.bounds is not None
+
+    # What `DecodeState` does
+
+    def append(self, modality_ids: Tensor, item_ids: Tensor | None, cu_seqlens: Tensor | None) -> ModalityLayout:
+        shape = checks.integer_tensor("modality_ids", modality_ids).shape
+        items = torch.zeros_like(modality_ids) if item_ids is None else item_ids
+        # Checks everything that is new.
+        chunk = segment_modalities(
+            modality_ids, num_modalities=self.num_modalities, item_ids=items, cu_seqlens=cu_seqlens,
+            max_segments=None if self.told is None or modality_ids.device.type == "cpu" else modality_ids.numel(),
+        )  # fmt: skip
+        bounds = None
+        told = torch.stack((modality_ids.long(), items.long()))
+        if self.told is None:
+            bounds = chunk.cu_seqlens if chunk.packed else None
+            self._room = chunk.max_segments
+        else:
+            checks.same_device("modality_ids", told, self.told.device, "what was appended before")
+            if chunk.packed != self.packed:
+                kind = "packed documents" if self.packed else "a batch"
+                raise checks.wrong_value("modality_ids", f"{kind}, as appended before", modality_ids)
+            if not chunk.packed and shape[0] != self.told.shape[1]:
+                expected = f"[B, n] with B = {self.told.shape[1]}, as before"
+                raise checks.wrong_value("modality_ids", expected, modality_ids)
+            if self.bounds is not None:
+                if chunk.cu_seqlens.shape != self.bounds.shape:
+                    documents = self.bounds.numel() - 1
+                    raise checks.wrong_value("cu_seqlens", f"[N + 1] with N = {documents}, as before", chunk.cu_seqlens)
+                bounds = self.bounds + chunk.cu_seqlens
+                old, new = merged(self.bounds, bounds, 0), merged(chunk.cu_seqlens, bounds, 1)
+                told = scattered(self.told.T, told.T, old, new).T
+            else:
+                told = torch.cat((self.told, told), 2)
+            self._room += modality_ids.numel() if chunk.packed else shape[1]
+        self.told, self.bounds = told, bounds
+        self.new_bounds, self.newest = chunk.cu_seqlens, shape[-1]
+        self._layouts.clear()
+        return self.layout()
+
+    def layout(self, columns: int | None = None) -> ModalityLayout:
+        told = self._told()
+        columns = self.length if columns is None else checks.integer("columns", columns, 0)
+        if columns not in self._layouts:
+            if self.packed and columns != self.length:
+                raise checks.wrong_value("key", f"the {self.length} tokens of the packed documents", f"{columns}")
+            spare = columns - self.length
+            if spare > 0:
+                untold = torch.stack([told.new_full((told.shape[1], spare), value) for value in UNTOLD])
+                told = torch.cat((told, untold), 2)
+            made = self._segmented(told[..., max(-spare, 0) :], self.bounds)
+            if spare < 0:
+                made = dataclasses.replace(made, counts=self.layout().counts)
+            self._layouts[columns] = made
+        return self._layouts[columns]
+
+    def place(
+        self,
+        query: Tensor,
+        key: Tensor,
+        mask: ModularMask | None = None,
+        is_causal: bool = False,
+        layout: ModalityLayout | Tensor | None = None,
+    ) -> Place:
+        """Where the newest queries and a cache's keys stand; `moda_attention` asks.
+
+        Args:
+            query: of the newest tokens: ``[B, Hq, n, D]``, or the last of these; packed: all of them.
+            key: the cache's. mask, is_causal: as there.
+            layout: that which the caller named; has to be this history's.
+
+        Raises:
+            ValueError: more queries than new tokens; keys that the mask shows are gone.
+        """
+        own = self.layout_for(key, layout)
+        if checks.float_tensor("query", query).dim() != key.dim():
+            raise checks.wrong_value("query", f"{key.dim()} axes, as key", query)
+        rows = query.shape[0 if self.packed else 2]
+        if rows > self.newest or (self.packed and rows != self.newest):
+            raise checks.wrong_value("query", f"the {self.newest} tokens appended last", f"{rows} queries")
+        if self.packed:
+            return Place(own, None, self.new_bounds)
+        columns = own.modality.shape[1]
+        missing = self.length - columns
+        if missing > 0 and rows > 0:
+            known = (ModularMask.causal if is_causal else ModularMask.full)(self.num_modalities)
+            self._check_missing(known if mask is None else mask, columns, rows)
+        return Place(own, min(self.length, columns) - rows, None)
+
+    def reorder(self, beam_idx: Tensor) -> Moved | None:
+        """None: there are no tokens yet."""
+        checks.integer_tensor("beam_idx", beam_idx)
+        if beam_idx.dim() != 1:
+            raise checks.wrong_value("beam_idx", "[N]", beam_idx)
+        if self.told is None:
+            return None
+        sequences = beam_idx.to(self.told.device, torch.int64)
+        rows, before = sequences, self.length
+        if self.bounds is not None and self.new_bounds is not None:
+            lengths, newest = self.bounds.diff()[sequences], self.new_bounds.diff()[sequences]
+            starts = self.bounds[:-1][sequences]
+            rows = torch.cat([torch.arange(a, a + n) for a, n in zip(starts.tolist(), lengths.tolist(), strict=True)])
+            rows = rows.to(sequences.device)
+            self.bounds, self.new_bounds = (bounds_of(n) for n in (lengths, newest))
+            self.newest = int(newest.sum())
+        self.told = self.told.index_select(1, rows)
+        self._layouts.clear()
+        return Moved(sequences, rows, before)
+
+    def crop(self, length: int | Tensor) -> bool:
+        """Whether anything happened."""
+        if isinstance(length, Tensor):
+            checks.integer_tensor("length", length)
+        else:
+            checks.integer("length", length, 0)
+        if self.told is None:
+            return False
+        if self.bounds is not None:
+            old = self.bounds
+            wanted = torch.as_tensor(length, dtype=torch.int32, device=old.device).clamp(min=0)
+            lengths = torch.minimum(old.diff(), wanted)
+            if torch.equal(lengths, old.diff()):
+                return False
+            self.bounds = bounds_of(lengths)
+            self.told = self.told[:, merged(self.bounds, old, 0)]
+            self.new_bounds, self.newest = torch.zeros_like(old), 0
+        elif isinstance(length, Tensor):
+            raise checks.wrong_type("length", "an int for a batch", length)
+        elif length >= self.length:
+            return False
+        else:
+            self.newest = max(self.newest - (self.length - length), 0)
+            self.told = self.told[:, :, :length]
+        self._layouts.clear()
+        return True
+
+    # What layers ask
+
+    def layout_for(self, key: Tensor, layout: ModalityLayout | Tensor | None) -> ModalityLayout:
+        """The layout of these keys of the cache; a layout that the caller named has to be the same."""
+        axes = "[T, Hkv, D]" if self.packed else "[B, Hkv, columns, D]"
+        if checks.float_tensor("key", key).dim() != (3 if self.packed else 4):
+            raise checks.wrong_value("key", f"{axes}, the cache's", key)
+        own = self.layout(key.shape[0 if self.packed else 2])
+        if layout is not None and layout is not own:
+            raise checks.wrong_value("layout", "None together with state, or state.layout(keys of the cache)", layout)
+        return own
+
+    def part(self, begin: int, end: int) -> ModalityLayout:
+        """The layout of tokens begin…end-1 alone (packed: of all, or of those of the last append). Segments cut at
+        its edges do no harm: sums per modality don't know of segments."""
+        if (begin, end) == (0, self.length):
+            return self.layout()
+        told, key = self._told(), (begin, end)
+        if key not in self._layouts:
+            if self.bounds is not None:
+                assert self.new_bounds is not None
+                self._layouts[key] = self._segmented(told[:, merged(self.new_bounds, self.bounds, 1)], self.new_bounds)
+            else:
+                self._layouts[key] = self._segmented(told[:, :, begin:end], None)
+        return self._layouts[key]
+
+    def _told(self) -> Tensor:
+        if self.told is None:
+            raise checks.wrong_value("state", "tokens (call state.append(modality_ids) first)", "an empty DecodeState")
+        return self.told
+
+    def _segmented(self, told: Tensor, bounds: Tensor | None) -> ModalityLayout:
+        room, ids = None, told[IDS]
+        if ids.device.type != "cpu":
+            sequences = ids.shape[0] if bounds is None else bounds.numel() - 1
+            room = min(self._room * sequences, ids.numel())
+        return segment_modalities(
+            ids, num_modalities=self.num_modalities, item_ids=told[ITEMS], cu_seqlens=bounds, max_segments=room
+        )
+
+    def _check_missing(self, mask: ModularMask, columns: int, rows: int) -> None:
+        """Raise where a query of the last `rows` sees keys before the cache's `columns` last ones. On CUDA, where
+        values are not looked at, only where no rule could hide them."""
+        full, missing = self.layout(), self.length - columns
+        mask.check_layout(full)
+
+        def seen() -> bool:
+            if full.device.type != "cpu":
+                return mask.window is None
+            queries = full.queries(rows, self.length - rows)
+            return bool(mask.visible_to(full, queries)[..., :missing].any())
+
+        if full.remember(("missing keys are seen", mask, columns, rows), seen):
+            raise checks.wrong_value(
+                "key",
+                f"all {self.length} tokens' keys (the mask shows the newest queries keys older than the cache's; give "
+                "it the cache's window, or let the cache keep all)",
+                f"the last {columns}",
+            )
