@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 import moda_kernels as mk
-from moda_kernels import backends, checks
+from moda_kernels import backends
 from moda_kernels.backends import triton as triton_backend
+from moda_kernels.runtime import checks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IDS = torch.tensor([0, 1, 0, 0, 1, 1, -1, 0, 1, 0, 1, 1])

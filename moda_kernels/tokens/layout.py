@@ -267,7 +267,7 @@ def _query_rows(
         columns = first_column[sequence].long() + rows - cu_q[sequence]
         inside = (columns >= key_starts[sequence]) & (columns < key_ends[sequence])
         # A row before the first document or past the last one (on CUDA bounds aren't looked at) is in none.
-        inside &= (rows >= cu_q[sequence]) & (rows < cu_q[sequence + 1])
+        inside = inside & (rows >= cu_q[sequence]) & (rows < cu_q[sequence + 1])
         columns = torch.where(inside, columns, -1)
     return QueryRows(tuple(shape), cu_q, first_column, columns.view(shape))
 
