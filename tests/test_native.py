@@ -23,7 +23,7 @@ from torch import Tensor
 
 from moda_kernels import ModularMask, segment_modalities
 from moda_kernels.runtime import native
-from moda_kernels.tokens import layout, tiles
+from moda_kernels.tokens import segments, tiles
 
 pytest.importorskip("hypothesis")
 from hypothesis import given, settings
@@ -50,7 +50,7 @@ class Implementation:
                 patch.setattr(native, "_queue", lambda device: (0, 0))
             module = native
             if self.name == "torch":
-                module, function = (tiles if function == "tile_lists" else layout), function + "_torch"
+                module, function = (tiles if function == "tile_lists" else segments), function + "_torch"
             made = getattr(module, function)(*(a.to(self.device) if isinstance(a, Tensor) else a for a in args))
         return tuple(t.cpu() for t in (made if isinstance(made, tuple) else (made,)))
 
