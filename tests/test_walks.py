@@ -1,0 +1,242 @@
+"""Walks of tiles against the dense mask: each visible pair is met once, without masks only where none is needed."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moda_kernels.testing import generator
+from moda_kernels.tokens import walks
+from moda_kernels.tokens.walks import KeyWalk, QueryWalk
+
+FAR = 2**31 - 1
+BLOCKS = ((16, 16), (32, 16), (16, 32), (8, 32), (5, 7))
+
+
+@dataclass
+class Case:
+    """Intervals with the sequences that they are of."""
+
+    limits: Tensor  # int32 [P, I, 2, rows]
+    positions: Tensor  # int32 [P, keys]
+    real: Tensor  # bool [rows]
+    cu_q: Tensor
+    cu_k: Tensor
+    q_shape: tuple[int, ...]
+    k_shape: tuple[int, ...]
+
+    def query_walk(self, block_q: int, block_k: int, affine: bool = False) -> QueryWalk:
+        return walks.query_walk(self.limits, self.positions, self.real, self.cu_q, self.cu_k, self.q_shape,
+                                self.k_shape, block_q, block_k, affine)  # fmt: skip
+
+    def key_walk(self, block_q: int, block_k: int, chains: int = walks.CHAINS) -> KeyWalk:
+        return walks.key_walk(self.limits, self.positions, self.cu_q, self.cu_k, self.q_shape, self.k_shape,
+                              block_q, block_k, chains)  # fmt: skip
+
+    def seen(self, walk: int) -> Tensor:
+        """bool ``[rows, keys]``: what a walk makes visible."""
+        intervals = self.limits.shape[1]
+        (lo, hi), position = self.limits.flatten(0, 1)[walk], self.positions[walk // intervals]
+        rows, keys = (
+            torch.repeat_interleave(torch.arange(len(cu) - 1), cu.diff().long()) for cu in (self.cu_q, self.cu_k)
+        )
+        inside = (position > lo[:, None]) & (position <= hi[:, None]) & (position >= 0)
+        return inside & (rows[:, None] == keys)
+
+
+def random_case(seed: int, longest: int = 300) -> Case:
+    """Runs of tokens of up to four roles, padding anywhere; a pass a role, or one of some of them. A third: intervals
+    that rise along each role, in their own way; a third: that and rows without any; a third: intervals at random."""
+    g = generator(seed)
+
+    def below(n: int) -> int:
+        return int(torch.randint(n, (), generator=g))
+
+    roles, packed, kind = 1 + below(4), below(2) == 1, seed % 3
+    lengths = [below(longest) for _ in range(1 + below(4))]
+    if packed:
+        lengths += [0] * below(3)
+    else:
+        lengths = lengths[:1] * len(lengths)
+    total = sum(lengths)
+    role = torch.repeat_interleave(
+        torch.randint(-1 if below(2) else 0, roles, (total + 1,), generator=g),
+        torch.randint(1, 60, (total + 1,), generator=g),
+    )[:total]
+    cu = torch.tensor([0, *lengths]).cumsum(0).int()
+    sequence = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    real = role >= 0
+    before = F.pad(real.cumsum(0), (1, 0))
+    position = torch.where(real, before[:-1] - before[cu[sequence].long()], -1)
+    groups = [[r] for r in range(roles)] if below(2) else [list(range(1 + below(roles)))]
+    positions = torch.stack([torch.where(torch.isin(role, torch.tensor(group)), position, -1) for group in groups])
+
+    two = below(2) == 1
+    limits = torch.empty(len(groups), 2, 2, total, dtype=torch.int64)
+    for of_pass in limits:
+        if kind == 2:
+            ends = torch.randint(-1, longest, (4, total), generator=g).sort(0).values
+            of_pass.copy_(torch.stack((ends[2:], ends[:2])))
+            continue
+        for r in range(roles):
+            # From the far past, a window or the row itself, to the row, a stretch ahead, or the end; perhaps a prefix.
+            reach, ahead = (FAR, 1 + below(90))[below(2)], (0, below(90), FAR)[below(3)]
+            step = 1 + below(50)
+            lo = (position - reach).clamp(min=-1) // step * step if below(2) else (position - reach).clamp(min=-1)
+            hi = (position + ahead).clamp(max=FAR)
+            prefix = torch.minimum(position // step * step - 1 - below(30), lo)
+            ends = torch.stack((torch.stack((lo, hi)), torch.stack((torch.full_like(lo, -1), prefix))))
+            if kind == 1 and below(3) == 0:
+                ends[:] = 0
+            of_pass[..., role == r] = ends[..., role == r]
+    empty = (limits[:, :, :1] >= limits[:, :, 1:]) | ~real
+    limits = torch.where(empty, torch.tensor([FAR, -2])[:, None], limits)[:, : 1 + two]
+    shape = (total,) if packed else (len(lengths), lengths[0])
+    case = Case(limits.int(), positions.int(), real, cu, cu, shape, shape)
+    return case if below(3) else fewer_queries(case, g)
+
+
+def fewer_queries(case: Case, g: torch.Generator) -> Case:
+    """The last rows of each sequence are the queries; in a batch as many in each."""
+    lengths = case.cu_k.diff()
+    rows = (lengths * torch.rand(len(lengths), generator=g)).int()
+    if len(case.k_shape) == 2:
+        rows = rows[:1].expand(len(lengths))
+    kept = torch.cat([torch.arange(int(end - n), int(end)) for end, n in zip(case.cu_k[1:], rows, strict=True)])
+    cu_q = F.pad(rows.cumsum(0), (1, 0)).int()
+    shape = (len(kept),) if len(case.k_shape) == 1 else (len(lengths), int(rows[0]))
+    return Case(
+        case.limits[..., kept].contiguous(), case.positions, case.real[kept], cu_q, case.cu_k, shape, case.k_shape
+    )
+
+
+def assert_cut(tiles: Tensor, cu: Tensor, block: int) -> None:
+    """Tiles cut every sequence into blocks, in order; unused ones are zero."""
+    expected = []
+    for n, (begin, end) in enumerate(zip(cu.tolist(), cu[1:].tolist(), strict=False)):
+        expected += [[n, row, min(block, end - row)] for row in range(begin, end, block)]
+    made = tiles.tolist()
+    assert [tile for tile in made if tile[2]] == expected
+    assert all(tile == [0, 0, 0] for tile in made if not tile[2])
+
+
+def members(tiles: Tensor, count: int) -> Tensor:
+    """float ``[tiles, count]``: which rows or keys are in a tile."""
+    number = torch.arange(count)
+    return ((number >= tiles[:, 1:2]) & (number < tiles[:, 1:2] + tiles[:, 2:])).float()
+
+
+@dataclass
+class Truth:
+    """Pairs of tiles ``[Q, K]`` of a walk: some pair is visible; every row that is no padding sees a whole key tile;
+    every row of a whole query tile does."""
+
+    some: Tensor
+    whole_but_padding: Tensor
+    whole: Tensor
+
+
+def truth(case: Case, walk: int, q_tiles: Tensor, k_tiles: Tensor, block_q: int, block_k: int) -> Truth:
+    seen, rows, keys = case.seen(walk), members(q_tiles, len(case.real)), members(k_tiles, case.positions.shape[1])
+    pairs = rows @ seen.float() @ keys.T
+    of_real = (rows * case.real) @ seen.float() @ keys.T
+    full_keys = (k_tiles[:, 2] == block_k)[None]
+    real = (rows * case.real).sum(1, keepdim=True)
+    return Truth(
+        pairs > 0,
+        full_keys & (of_real == real * block_k) & (pairs > 0),
+        full_keys & (q_tiles[:, 2:] == block_q) & (pairs == block_q * block_k),
+    )
+
+
+def index_of(tiles: Tensor, cu: Tensor) -> dict[tuple[int, int], int]:
+    """A tile's number by sequence and first token in it."""
+    return {(n, first - int(cu[n])): i for i, (n, first, count) in enumerate(tiles.tolist()) if count}
+
+
+def met_by_queries(
+    case: Case, made: QueryWalk, k_tiles: Tensor, walk: int, block_k: int, affine: bool
+) -> tuple[Tensor, Tensor]:
+    """How often each pair of tiles is met without and with masks, ``[Q, K]``."""
+    plain, masked = (torch.zeros(len(made.tiles), len(k_tiles), dtype=torch.int) for _ in range(2))
+    listed, index = made.key_lists[walk // case.limits.shape[1]].tolist(), index_of(k_tiles, case.cu_k)
+    for i, ((n, _, count), runs) in enumerate(zip(made.tiles.tolist(), made.runs[walk].tolist(), strict=True)):
+        assert count or not any(runs)
+        for number, (begin, end) in enumerate(zip(runs[::2], runs[1::2], strict=True)):
+            assert begin <= end
+            for j in range(begin, end):
+                column = j * block_k if affine and number == 0 else listed[j]
+                (masked if number else plain)[i, index[n, column]] += 1
+    return plain, masked
+
+
+def met_by_keys(case: Case, made: KeyWalk, q_tiles: Tensor, walk: int, chains: int) -> tuple[Tensor, Tensor]:
+    plain, masked = (torch.zeros(len(q_tiles), len(made.tiles), dtype=torch.int) for _ in range(2))
+    listed, index = made.query_lists[walk].tolist(), index_of(q_tiles, case.cu_q)
+    for j, ((n, _, count), runs) in enumerate(zip(made.tiles.tolist(), made.runs[walk].tolist(), strict=True)):
+        pairs = list(zip(runs[::2], runs[1::2], strict=True))
+        assert len(pairs) == 2 * chains + 2 and all(begin <= end for begin, end in pairs)
+        assert count or all(begin == end for begin, end in pairs)
+        for into, some in ((masked, pairs), (plain, [(runs[4 * c + 1], runs[4 * c + 2]) for c in range(chains)])):
+            for begin, end in some:
+                assert begin <= end
+                for i in range(begin, end):
+                    into[index[n, listed[i]], j] += 1
+    return plain, masked
+
+
+def assert_longest_first(order: Tensor, work: Tensor) -> None:
+    assert sorted(order.tolist()) == list(range(len(work)))
+    level = (work.long() * (walks.LEVELS - 1) // max(1, int(work.max()))).tolist() if len(work) else []
+    assert order.tolist() == sorted(range(len(work)), key=lambda i: -level[i])
+
+
+@dataclass
+class Count:
+    exact: int = 0
+    of_queries: int = 0
+    of_keys: int = 0
+    whole: int = 0
+    whole_of_keys: int = 0
+    whole_of_queries: int = 0
+
+
+def check(case: Case, block_q: int, block_k: int, affine: bool = False, chains: int = walks.CHAINS) -> Count:
+    """Both directions against the dense mask."""
+    of_queries, of_keys = case.query_walk(block_q, block_k, affine), case.key_walk(block_q, block_k, chains)
+    assert all(t.dtype == torch.int32 and t.is_contiguous() for t in (*of_queries, *of_keys))
+    assert_cut(of_queries.tiles, case.cu_q, block_q)
+    assert_cut(of_keys.tiles, case.cu_k, block_k)
+    count = Count()
+    work_q, work_k = (torch.zeros(len(t), dtype=torch.int) for t in (of_queries.tiles, of_keys.tiles))
+    for walk in range(len(of_queries.runs)):
+        true = truth(case, walk, of_queries.tiles, of_keys.tiles, block_q, block_k)
+        plain, masked = met_by_queries(case, of_queries, of_keys.tiles, walk, block_k, affine)
+        t_plain, t_masked = met_by_keys(case, of_keys, of_queries.tiles, walk, chains)
+        for name, p, m, whole in (
+            ("queries", plain, masked, true.whole_but_padding),
+            ("keys", t_plain, t_masked, true.whole),
+        ):
+            assert ((p + m) <= 1).all(), f"{name}: met twice"
+            assert (true.some <= (p + m > 0)).all(), f"{name}: a visible pair is missed"
+            assert ((p > 0) <= whole).all(), f"{name}: masks left out of a tile that is not whole"
+        if not affine:
+            assert (true.whole <= (plain > 0)).all(), "queries: masks in a whole tile"
+        work_q += (plain + masked).sum(1)
+        work_k += (t_plain + t_masked).sum(0)
+        count.exact += int(true.some.sum())
+        count.whole += int(true.whole.sum())
+        count.of_queries += int((plain + masked).sum())
+        count.of_keys += int((t_plain + t_masked).sum())
+        count.whole_of_queries += int((plain > 0).logical_and(true.whole).sum())
+        count.whole_of_keys += int(t_plain.sum())
+    assert_longest_first(of_queries.order, work_q)
+    assert_longest_first(of_keys.order, work_k)
+    return count
+
+
+@pytest.mark.parametrize("seed", range(90))
+def test_random_intervals(seed: int) -> None:
+    check(random_case(seed), *BLOCKS[seed % 5], affine=seed % 4 == 1, chains=1 + seed % 3)
