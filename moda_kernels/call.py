@@ -93,13 +93,16 @@ class AttentionCall:
         if key_map is not None and not isinstance(key_map, KeyMap):
             raise checks.wrong_type("key_map", "a KeyMap (call the aligner on the keys)", key_map)
         known = mask if mask is not None else key_map
-        layout = as_layout(layout, None if known is None else known.num_modalities)
+        layout = as_layout(
+            layout,
+            None if known is None else (known.num_roles if isinstance(known, ModularMask) else known.num_modalities),
+        )
         query, key, value = _autocast(layout.device, query, key, value)
         _check_shapes(query, key, value, layout, enable_gqa)
         queries = layout.queries(query.shape[0] if layout.packed else query.shape[2], query_start, cu_seqlens_q)
         replaceable = mask is None and not is_causal and pseudo is None
         if mask is None:
-            mask = (ModularMask.causal if is_causal else ModularMask.full)(layout.num_modalities)
+            mask = (ModularMask.causal if is_causal else ModularMask.full)(layout.num_roles)
         mask.check_layout(layout)
         if checks.is_causal_bias(attn_mask):
             rows = None if layout.packed else query.shape[2]
@@ -221,7 +224,7 @@ def _read_causal_bias(
     start = last if query_start is None else query_start
     if isinstance(start, int) and start == offset:  # row i stands in that column
         if replaceable:
-            return ModularMask.causal(layout.num_modalities), None
+            return ModularMask.causal(layout.num_roles), None
         if not any(rule & ~Visibility.PAST for row in mask.rules for rule in row):
             return mask, None
     return mask, torch.ones(rows, keys, dtype=torch.bool, device=layout.device).tril(offset)

@@ -37,7 +37,7 @@ def attention_share(
     Raises:
         ValueError, TypeError: as :func:`moda_kernels.moda_attention`.
     """
-    layout = as_layout(layout, getattr(mask, "num_modalities", None))
+    layout = as_layout(layout, getattr(mask, "num_roles", None))
     mass, queries = _mass(query, key, layout, mask, options)
     return _mean_by_modality(mass, torch.ones_like(mass[..., 0], dtype=torch.bool), layout, queries)
 
@@ -68,9 +68,9 @@ def modal_disparity(
 
     Args, Raises: as :func:`attention_share`.
     """
-    layout = as_layout(layout, getattr(mask, "num_modalities", None))
+    layout = as_layout(layout, getattr(mask, "num_roles", None))
     mass, queries = _mass(query, key, layout, mask, options)
-    rule = mask or (ModularMask.causal if options.get("is_causal") else ModularMask.full)(layout.num_modalities)
+    rule = mask or (ModularMask.causal if options.get("is_causal") else ModularMask.full)(layout.num_roles)
     visible = rule.count_visible(layout, queries)  # [B, Lq, M]
     modality = queries.of(layout.modality).clamp(min=0).long()[..., None]
     if layout.packed:

@@ -42,33 +42,44 @@ def segment_modalities(
     *,
     num_modalities: int | None = None,
     item_ids: Tensor | None = None,
+    roles: Tensor | None = None,
+    num_roles: int | None = None,
+    steps: Tensor | None = None,
+    chunks: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     max_segments: int | None = None,
 ) -> ModalityLayout:
     """:func:`moda_kernels.segment_modalities` by a loop over tokens on the host; the same arguments (not checked)."""
     ids = modality_ids.flatten().tolist()
     items = [0] * len(ids) if item_ids is None else item_ids.flatten().tolist()
+    of_role = ids if roles is None else roles.flatten().tolist()
+    of_chunk = [-1] * len(ids) if chunks is None else chunks.flatten().tolist()
     if cu_seqlens is None:
         rows, length = modality_ids.shape
         bounds = [row * length for row in range(rows + 1)]
     else:
         bounds = cu_seqlens.tolist()
     m = num_modalities or max([1, *(i + 1 for i in ids)])
+    r = m if roles is None else num_roles or max([1, *(i + 1 for i in of_role)])
 
-    segment, position, sequence = [-1] * len(ids), [-1] * len(ids), [-1] * len(ids)
+    segment, position, sequence, chunk = ([-1] * len(ids) for _ in range(4))
     counts = [[0] * m for _ in bounds[1:]]
     prefix, table = [[0] * m], []
     for n, (begin, end) in enumerate(itertools.pairwise(bounds)):
-        seen, last = 0, None
+        seen, last, real = 0, None, None
         for t in range(begin, end):
             sequence[t] = n
             prefix.append(list(prefix[-1]))
             if ids[t] == -1:
                 last = None
                 continue
-            if (ids[t], items[t]) != last:
+            if (ids[t], of_role[t], items[t]) != last:
                 table.append([n, t, 0, ids[t]])
-            last = (ids[t], items[t])
+            last = (ids[t], of_role[t], items[t])
+            if of_chunk[t] >= 0:  # that of the token before, padding aside, or a new one
+                goes_on = real is not None and of_chunk[real] == of_chunk[t]
+                chunk[t] = chunk[real] if goes_on and real is not None else t
+            real = t
             table[-1][2] += 1
             segment[t], position[t] = len(table) - 1, seen
             seen += 1
@@ -84,14 +95,21 @@ def segment_modalities(
         segment=made(segment, *modality_ids.shape),
         position=made(position, *modality_ids.shape),
         sequence=made(sequence, *modality_ids.shape),
+        role=made([-1 if m == -1 else a for m, a in zip(ids, of_role, strict=True)], *modality_ids.shape),
+        step=made([0] * len(ids), *modality_ids.shape)
+        if steps is None
+        else torch.where(modality_ids < 0, 0, steps).int(),
+        chunk=made(chunk, *modality_ids.shape),
         counts=made(counts, -1, m) if counts else made([], 0, m),
         cu_seqlens=made(bounds, -1),
         num_modalities=m,
+        num_roles=r,
+        own_roles=roles is not None,
         max_segments=room,
         num_segments=made([len(table)], 1),
         prefix=made(prefix, -1, m),
         table=made(table + [[0] * 4] * (room - len(table)), room, 4),
-        faults=None if modality_ids.device.type == "cpu" else made([0, 0], 2),
+        faults=None if modality_ids.device.type == "cpu" else made([0] * 4, 4),
     )
 
 

@@ -79,7 +79,7 @@ class replace_sdpa(TorchFunctionMode):  # noqa: N801 - used as a function in a w
         unknown = sorted(set(options) - set(_OPTIONS))
         if unknown:
             raise TypeError(f"replace_sdpa: expected options from {', '.join(_OPTIONS)}, got {', '.join(unknown)}")
-        self.layout = as_layout(layout, getattr(options.get("mask"), "num_modalities", None))
+        self.layout = as_layout(layout, getattr(options.get("mask"), "num_roles", None))
         self.within = None if within is None else _modules(within)
         self.options = options
         self.replaced = 0

@@ -219,12 +219,20 @@ def test_max_segments_with_room(arithmetic: str) -> None:
 
 def test_check_reports_what_was_counted() -> None:
     layout = mk.segment_modalities(torch.tensor([[0, 1]]))
-    bad_ids = dataclasses.replace(layout, faults=torch.tensor([2, 0], dtype=torch.int32))
+    bad_ids = dataclasses.replace(layout, faults=torch.tensor([2, 0, 0, 0], dtype=torch.int32))
     with pytest.raises(ValueError, match=r"modality_ids: expected ids from -1 to 1, got 2"):
         bad_ids.check()
-    bad_bounds = dataclasses.replace(layout, faults=torch.tensor([0, 1], dtype=torch.int32))
+    bad_bounds = dataclasses.replace(layout, faults=torch.tensor([0, 1, 0, 0], dtype=torch.int32))
     with pytest.raises(ValueError, match=r"cu_seqlens: expected .* 2 tokens, got 1"):
         bad_bounds.check()
+    for faults, message in (
+        ([0, 0, 3, 0], "roles: expected roles from 0 to 1, got 3"),
+        ([0, 0, 0, 4], "steps: .*got 4"),
+    ):
+        bad = dataclasses.replace(layout, faults=torch.tensor(faults, dtype=torch.int32))
+        with pytest.raises(ValueError, match=message):
+            bad.check()
+        assert bad.overflow is not None and bool(bad.overflow) == bool(faults[3])
     assert layout.overflow is None and layout.faults is None
 
 

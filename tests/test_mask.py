@@ -38,7 +38,7 @@ PRESETS = [
 @pytest.mark.parametrize(("mask", "rules"), PRESETS)
 def test_presets(mask: M, rules: list[list[int]]) -> None:
     assert [list(map(int, row)) for row in mask.rules] == rules
-    assert mask.window is None and mask.num_modalities == len(rules)
+    assert mask.window is None and mask.num_roles == len(rules)
     assert mask.rule_table(torch.device("cpu")).tolist() == rules
     assert mask == M(rules) and hash(mask) == hash(M(rules))
 

@@ -1,9 +1,9 @@
 """Tokens to segments: `segment_modalities` and the `ModalityLayout` that it makes.
 
-A layout says of every token which sequence, modality, segment and position it has (spec: "Tokens"), and carries the
-prefix counts from which everything later is derived: visible-key counts, tile lists, segment tables. It is made once
-per batch and shared by all layers and heads. The arithmetic is in the native extension (`native.py`) with a plain
-PyTorch twin here; both give identical results.
+A layout says of every token which sequence, modality, role, segment, position, step and chunk it has (spec: "Tokens"),
+and carries the prefix counts from which others are derived. It is made once per batch and shared by all layers and
+heads. The arithmetic is in the native extension (`native.py`) with a plain PyTorch twin here; both give identical
+results.
 """
 
 import dataclasses
@@ -18,6 +18,8 @@ from moda_kernels import products
 from moda_kernels.runtime import checks
 
 T = TypeVar("T")
+
+STEPS_EXPECTED = "int32 numbers that never fall along the tokens of one role of a sequence"
 
 
 def _remembered(derived: dict[Any, Any], key: Any, make: Callable[[], T]) -> T:
@@ -40,9 +42,15 @@ class ModalityLayout:
         segment: int32, runs over the whole batch in memory order; -1 for padding.
         position: int32, counts the non-padding tokens of the sequence from 0; -1 for padding.
         sequence: int32, the batch row or document that the token lies in.
+        role: int32, 0…R-1, the row and column of the rules that the token uses; the modality where no roles were given.
+        step: int32, a frame, a scale, a diffusion block, a turn; never falls along a role of a sequence.
+        chunk: int32, the first token of the token's chunk (in the flattened batch), so that equal numbers are one
+            chunk; -1 for tokens in none, and for padding.
         counts: int32 ``[N, M]``, tokens per sequence and modality.
         cu_seqlens: int32 ``[N + 1]``, first token of each sequence in the flattened batch.
         num_modalities: M.
+        num_roles: R.
+        own_roles: whether roles were given.
         max_segments: an upper bound of the number of segments, known on the host.
         num_segments: int32 ``[1]`` on the layout's device, the number of segments.
         prefix: int32 ``[tokens + 1, M]``, how many tokens of each modality stand before a token in memory order.
@@ -54,14 +62,19 @@ class ModalityLayout:
     segment: Tensor
     position: Tensor
     sequence: Tensor
+    role: Tensor
+    step: Tensor
+    chunk: Tensor
     counts: Tensor
     cu_seqlens: Tensor
     num_modalities: int
+    num_roles: int
+    own_roles: bool
     max_segments: int
     num_segments: Tensor
     prefix: Tensor
     table: Tensor
-    #: What `check` needs on a device where values are not looked at: (bad ids, bad cu_seqlens), int32 [2].
+    #: Where values are not looked at: how many ids, cu_seqlens, roles, steps are bad; int32 [4]. For `check`.
     faults: Tensor | None = None
     _derived: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
@@ -89,8 +102,9 @@ class ModalityLayout:
 
     @property
     def overflow(self) -> Tensor | None:
-        """bool ``[1]``, on CUDA only: more segments than ``max_segments`` (outputs are then poisoned with NaN)."""
-        return None if self.faults is None else self.num_segments > self.max_segments
+        """bool ``[1]``, on CUDA only: whether outputs are to be poisoned with NaN, because there are more segments than
+        ``max_segments``, or steps that fall."""
+        return None if self.faults is None else (self.num_segments > self.max_segments) | (self.faults[3:] > 0)
 
     def segments(self) -> Tensor:
         """The segments as an int32 table ``[S, 4]`` on the host: sequence, start column (packed: index in T), length,
@@ -132,17 +146,18 @@ class ModalityLayout:
         moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
         moved = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in moved.items()}
         if moved["modality"].device.type != "cpu" and moved["faults"] is None:
-            moved["faults"] = torch.zeros(2, dtype=torch.int32, device=device)
+            moved["faults"] = torch.zeros(4, dtype=torch.int32, device=device)
         return ModalityLayout(**moved)
 
     def check(self) -> "ModalityLayout":
         """Look at the values that are not looked at on CUDA, and raise for bad ones. Waits for the device.
 
         Raises:
-            ValueError: ids outside -1…M-1, bad ``cu_seqlens``, or more segments than ``max_segments``.
+            ValueError: ids outside -1…M-1, roles outside 0…R-1, steps that fall, bad ``cu_seqlens``, or more segments
+                than ``max_segments``.
         """
         if self.faults is not None:
-            ids, bounds = self.faults.tolist()
+            ids, bounds, roles, steps = self.faults.tolist()
             if ids:
                 raise checks.wrong_value("modality_ids", f"ids from -1 to {self.num_modalities - 1}", f"{ids} others")
             if bounds:
@@ -151,6 +166,10 @@ class ModalityLayout:
                     f"0, non-decreasing, up to the {self.num_tokens} tokens",
                     f"{bounds} entries that break it",
                 )
+            if roles:
+                raise checks.wrong_value("roles", f"roles from 0 to {self.num_roles - 1}", f"{roles} others")
+            if steps:
+                raise checks.wrong_value("steps", STEPS_EXPECTED, f"{steps} that fall")
         segments = int(self.num_segments)
         if segments > self.max_segments:
             raise checks.wrong_value("max_segments", f"at least the {segments} segments there are", self.max_segments)
@@ -182,9 +201,9 @@ class ModalityLayout:
         kind = f"packed, {self.num_sequences} documents, {self.num_tokens} tokens"
         if not self.packed:
             kind = "batch of {} x {}".format(*self.modality.shape)
-        return (
-            f"ModalityLayout({kind}, {self.num_modalities} modalities, <= {self.max_segments} segments, {self.device})"
-        )
+        roles = f", {self.num_roles} roles" if self.own_roles else ""
+        many = f"{self.num_modalities} modalities{roles}, <= {self.max_segments} segments"
+        return f"ModalityLayout({kind}, {many}, {self.device})"
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,70 +1,63 @@
 """Rules as data: `ModularMask`, who sees whom (spec: "Modular mask"; MODA Eq. 7-8).
 
-Nothing here touches scores; backends read the rules and ask for facts derived from them: the dense mask, the number of
-visible keys in closed form, a FlexAttention block mask.
+Nothing here touches scores, and nothing here knows what a rule means (`intervals.py` does); backends ask for facts
+derived from the rules: intervals, the dense mask, the number of visible keys, a FlexAttention block mask.
 """
 
-import enum
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from moda_kernels.runtime import checks
+from moda_kernels.tokens.intervals import Visibility, count_keys, mask_intervals, visible_keys
 from moda_kernels.tokens.layout import ModalityLayout, QueryRows
 
-
-class Visibility(enum.IntFlag):
-    """What a query may see of the keys of a modality; flags, so that rules can be united with ``|``.
-
-    Positions count the non-padding tokens of a sequence; keys of other sequences and padding are never seen.
-    """
-
-    HIDDEN = 0
-    #: Keys at the query's position or before it, closer than the mask's window where it has one.
-    PAST = 1
-    #: Keys of the query's own segment, before and after it.
-    SEGMENT = 2
-    #: All keys.
-    ALL = 4
+__all__ = ["ModularMask", "Visibility", "visible_pair"]
 
 
 @dataclass(frozen=True)
 class ModularMask:
-    """The modular attention mask (MODA Eq. 7-8): a rule for each ordered pair of modalities.
+    """The modular attention mask (MODA Eq. 7-8): a rule for each ordered pair of roles.
 
     Args:
-        rules: M×M :class:`Visibility`, ``rules[query modality][key modality]``.
-        window: with PAST, keys at a distance of ``window`` positions or more are hidden. Default: no window.
+        rules: R×R :class:`Visibility`, ``rules[query role][key role]``; R = M where the layout has no roles.
+        window: keys ``window`` positions or more before the query are hidden. Default: no window.
+        window_on: from which rules the window hides them: ``"past"``, from PAST and CHUNK; ``"all"``, from all.
 
     Raises:
-        TypeError, ValueError: rules that are not square or not flags, a window that is not a positive int.
+        TypeError, ValueError: rules that are not square or not flags, a window that is not a positive int,
+            ``window_on="all"`` without a window.
     """
 
     rules: tuple[tuple[Visibility, ...], ...]
     window: int | None = None
+    window_on: Literal["past", "all"] = "past"
 
     def __post_init__(self) -> None:
         try:
             rows = [list(row) for row in self.rules]
         except TypeError:
-            raise checks.wrong_type("rules", "M rows of M Visibility flags", self.rules) from None
+            raise checks.wrong_type("rules", "R rows of R Visibility flags", self.rules) from None
         if not rows or any(len(row) != len(rows) for row in rows):
-            raise checks.wrong_value("rules", "M rows of M flags, M >= 1", f"rows of {[len(row) for row in rows]}")
+            raise checks.wrong_value("rules", "R rows of R flags, R >= 1", f"rows of {[len(row) for row in rows]}")
         for rule in (rule for row in rows for rule in row):
             if isinstance(rule, bool) or not isinstance(rule, int):
                 raise checks.wrong_type("rules (an entry)", "a Visibility", rule)
-            if not 0 <= rule <= (Visibility.PAST | Visibility.SEGMENT | Visibility.ALL):
-                raise checks.wrong_value("rules (an entry)", "a union of PAST, SEGMENT and ALL", rule)
+            if not 0 <= rule < 64:
+                raise checks.wrong_value("rules (an entry)", "a union of PAST, SEGMENT, ALL, BEFORE, UPTO, CHUNK", rule)
         object.__setattr__(self, "rules", tuple(tuple(map(Visibility, row)) for row in rows))
         if self.window is not None:
             # Positions are int32: a larger window is one that no distance reaches.
             object.__setattr__(self, "window", min(checks.integer("window", self.window, 1), 2**31 - 1))
+        checks.choice("window_on", self.window_on, ("past", "all"))
+        if self.window_on == "all" and self.window is None:
+            raise checks.wrong_value("window_on", "'past' without a window", self.window_on)
 
     @property
-    def num_modalities(self) -> int:
+    def num_roles(self) -> int:
         return len(self.rules)
 
     @classmethod
@@ -113,19 +106,32 @@ class ModularMask:
     def part(self, same: bool) -> "ModularMask":
         """The rules between equal (or, with ``same=False``, different) modalities; the rest hidden. The two halves of
         split attention."""
-        m = range(self.num_modalities)
+        m = range(self.num_roles)
         rules = (((self.rules[a][b] if (a == b) == same else Visibility.HIDDEN) for b in m) for a in m)
-        return ModularMask(tuple(map(tuple, rules)), self.window)
+        return ModularMask(tuple(map(tuple, rules)), self.window, self.window_on)
 
     def rule_table(self, device: torch.device) -> Tensor:
-        """The rules as an int32 tensor ``[M, M]``."""
+        """The rules as an int32 tensor ``[R, R]``."""
         return torch.tensor(self.rules, dtype=torch.int32, device=device)
 
     def check_layout(self, layout: ModalityLayout) -> None:
-        """Raise a ValueError where the layout has another number of modalities."""
-        if layout.num_modalities != self.num_modalities:
-            size = f"{layout.num_modalities} x {layout.num_modalities} rules, as the layout has modalities"
-            raise checks.wrong_value("mask", size, f"{self.num_modalities} x {self.num_modalities}")
+        """Raise a ValueError where the layout has another number of roles."""
+        if layout.num_roles != self.num_roles:
+            size = f"{layout.num_roles} x {layout.num_roles} rules, as the layout has roles"
+            raise checks.wrong_value("mask", size, f"{self.num_roles} x {self.num_roles}")
+
+    def why_not_pairwise(self, layout: ModalityLayout) -> list[str]:
+        """Why this mask is not among those of modalities, segments and the past alone, for a backend that knows no
+        others: every reason, empty if it is."""
+        reasons = []
+        for flag in (Visibility.BEFORE, Visibility.UPTO, Visibility.CHUNK):
+            if any(rule & flag for row in self.rules for rule in row):
+                reasons.append(f"it has no rule {flag.name} (use backend='reference')")
+        if self.window_on == "all":
+            reasons.append("it has no window_on='all' (use backend='reference')")
+        if layout.own_roles:
+            reasons.append("it has no roles other than the modalities (use backend='reference')")
+        return reasons
 
     def visible(
         self, layout: ModalityLayout, query_length: int | None = None, query_start: int | Tensor | None = None
@@ -142,47 +148,11 @@ class ModularMask:
 
     def visible_to(self, layout: ModalityLayout, queries: QueryRows) -> Tensor:
         """`visible` for given query rows: bool ``[B, Lq, Lk]``, packed ``[Tq, T]``."""
-        self.check_layout(layout)
-        facts = (layout.modality, layout.position, layout.segment)
-        of_query = [queries.of(f)[..., :, None] for f in facts]
-        of_key = [f[..., None, :] for f in facts]
-        seen = visible_pair(self.rule_table(layout.device), self.window, *of_query, *of_key)
-        if layout.packed:
-            seen = seen & (queries.of(layout.sequence)[:, None] == layout.sequence[None, :])
-        return seen
+        return visible_keys(layout, queries, self)
 
     def count_visible(self, layout: ModalityLayout, queries: QueryRows) -> Tensor:
-        """|V(i)| per key modality in closed form, from prefix counts: int32 ``[B, Lq, M]``, packed ``[Tq, M]``."""
-        self.check_layout(layout)
-        device, m = layout.device, self.num_modalities
-        column = queries.columns.clamp(min=0)
-        modality, position = queries.of(layout.modality), queries.of(layout.position)
-        if layout.num_tokens == 0 or layout.num_sequences == 0 or column.numel() == 0:
-            return torch.zeros(*queries.shape, m, dtype=torch.int32, device=device)
-        sequence = queries.of(layout.sequence, 0)
-        start = layout.cu_seqlens[sequence]
-        begin = start
-        if self.window is not None:
-            # The first column inside the window: all but `window` of the tokens up to the query stand before it.
-            seen = layout.prefix.sum(1, dtype=torch.int32)
-            begin = torch.searchsorted(seen, (seen[start] + position + 1 - self.window).clamp(min=0), right=True) - 1
-            begin = torch.maximum(begin, start)
-        past = layout.prefix[column + 1] - layout.prefix[begin]
-        everything = layout.counts[sequence]
-        # The query's own segment: its length, and what of it PAST has not counted.
-        first, length = _segment_rows(layout, queries).unbind(-1)
-        after = first + length - 1 - position
-        before = (
-            (position + 1 - self.window - first).clamp(min=0) if self.window is not None else torch.zeros_like(after)
-        )
-        same = torch.arange(m, device=device) == modality[..., None]
-
-        rule = self.rule_table(device)[modality.clamp(min=0)]
-        has_past, has_segment = (rule & Visibility.PAST) > 0, same & ((rule & Visibility.SEGMENT) > 0)
-        own = torch.where(has_past, (after + before)[..., None], length[..., None])
-        count = torch.where(has_past, past, 0) + torch.where(has_segment, own, 0)
-        count = torch.where((rule & Visibility.ALL) > 0, everything, count)
-        return torch.where(modality[..., None] >= 0, count, 0)
+        """|V(i)| per key modality, in time linear in tokens: int32 ``[B, Lq, M]``, packed ``[Tq, M]``."""
+        return count_keys(layout, queries, self)
 
     def to_block_mask(
         self, layout: ModalityLayout, query_length: int | None = None, query_start: int | Tensor | None = None
@@ -194,20 +164,24 @@ class ModularMask:
         """
         from torch.nn.attention.flex_attention import create_block_mask
 
-        self.check_layout(layout)
         queries = layout.queries(query_length, query_start)
-        rows = [queries.of(f) for f in (layout.modality, layout.position, layout.segment, layout.sequence)]
-        keys = [layout.modality, layout.position, layout.segment, layout.sequence]
+        limits, positions = mask_intervals(layout, queries, self)
+        lows, highs = limits.unflatten(-1, queries.shape).unbind(2)
+        positions = positions.unflatten(-1, layout.modality.shape)
+        of_query, of_key = queries.of(layout.sequence), layout.sequence
         if layout.packed:
-            rows, keys = [f[None] for f in rows], [f[None] for f in keys]
-        rules, window = self.rule_table(layout.device), self.window
+            lows, highs, positions = lows[:, :, None], highs[:, :, None], positions[:, None]
+            of_query, of_key = of_query[None], of_key[None]
 
         def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            of_query, of_key = [f[b, q] for f in rows], [f[b, k] for f in keys]
-            return visible_pair(rules, window, *of_query[:3], *of_key[:3]) & (of_query[3] == of_key[3])
+            seen = torch.zeros_like(b, dtype=torch.bool)
+            for low, high, position in zip(lows, highs, positions, strict=True):
+                for i in range(low.shape[0]):
+                    seen = seen | ((low[i, b, q] < position[b, k]) & (position[b, k] <= high[i, b, q]))
+            return seen & (of_query[b, q] == of_key[b, k])
 
-        batch, keys_length = keys[0].shape
-        return create_block_mask(mask_mod, batch, None, rows[0].shape[1], keys_length, device=str(layout.device))
+        batch, length = of_query.shape
+        return create_block_mask(mask_mod, batch, None, length, of_key.shape[1], device=str(layout.device))
 
 
 def visible_pair(
@@ -230,13 +204,3 @@ def visible_pair(
     seen = seen | (((rule & Visibility.SEGMENT) > 0) & (query_segment == key_segment))
     seen = seen | ((rule & Visibility.ALL) > 0)
     return seen & (query_modality >= 0) & (key_modality >= 0)
-
-
-def _segment_rows(layout: ModalityLayout, queries: QueryRows) -> Tensor:
-    """First position and length of each query's segment, int32 ``[..., 2]`` (zeros for padding)."""
-    segment = queries.of(layout.segment)
-    if layout.max_segments == 0:
-        return torch.zeros(*segment.shape, 2, dtype=torch.int32, device=layout.device)
-    rows = layout.table[segment.clamp(0, layout.max_segments - 1).long()]
-    first = layout.position.flatten()[rows[..., 1].long()]
-    return torch.where(segment[..., None] >= 0, torch.stack((first, rows[..., 2]), -1), 0)

@@ -5,9 +5,9 @@ from torch import Tensor
 
 from moda_kernels.runtime import checks, native
 from moda_kernels.runtime.operators import operator
-from moda_kernels.tokens.layout import ModalityLayout, abridged, bad_bounds, cu_seqlens_argument
+from moda_kernels.tokens.layout import STEPS_EXPECTED, ModalityLayout, abridged, bad_bounds, cu_seqlens_argument
 
-#: Ids that reach this are more likely token ids than modalities.
+#: Ids that reach this are more likely token ids than modalities or roles.
 MANY_MODALITIES = 256
 
 
@@ -16,10 +16,14 @@ def segment_modalities(
     *,
     num_modalities: int | None = None,
     item_ids: Tensor | None = None,
+    roles: Tensor | None = None,
+    num_roles: int | None = None,
+    steps: Tensor | None = None,
+    chunks: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     max_segments: int | None = None,
 ) -> ModalityLayout:
-    """Cut sequences into segments: the longest runs of one modality (and one item) in one sequence.
+    """Cut sequences into segments: the longest runs of one modality (and role, and item) in one sequence.
 
     Args:
         modality_ids: integer ``[B, L]`` (a batch) or ``[T]`` (packed documents, with ``cu_seqlens``): 0…M-1, or -1 for
@@ -27,37 +31,51 @@ def segment_modalities(
         num_modalities: M. Default: the largest id + 1, from 1 to 256; reading it waits for a CUDA device.
         item_ids: integer, shape and device of ``modality_ids``; tokens with different items are in different segments
             (two images side by side).
+        roles: integer, as ``item_ids``: the row and column of the mask's rules that a token uses, 0…R-1 wherever there
+            is a modality. Default: the modality.
+        num_roles: R. Default: M without roles, else the largest role + 1; reading it waits for a CUDA device.
+        steps: integer, as ``item_ids``: frames, scales, blocks, turns, for BEFORE and UPTO; they never fall along the
+            tokens of one role of a sequence. Default: 0.
+        chunks: integer, as ``item_ids``: runs of the same number >= 0 are chunks (padding inside ends none), tokens
+            with a number below 0 are in none. Default: none.
         cu_seqlens: int32 or int64 ``[N + 1]``, from 0 to T, non-decreasing: the first token of each document.
         max_segments: an upper bound of the number of segments, so that nothing waits for a CUDA device. Default: their
             number.
 
     Returns:
-        A :class:`ModalityLayout` on the device of ``modality_ids``. Given both ``num_modalities`` and
-        ``max_segments``, making it on CUDA neither synchronises nor breaks a graph capture.
+        A :class:`ModalityLayout` on the device of ``modality_ids``. Given ``num_modalities``, ``max_segments`` and
+        (with roles) ``num_roles``, making it on CUDA neither synchronises nor breaks a graph capture.
 
     Raises:
         TypeError: an argument that is not an integer tensor, or not an int.
-        ValueError: wrong shapes or devices; on the CPU also ids outside -1…M-1, bad ``cu_seqlens``, more segments than
-            ``max_segments``. On CUDA values are looked at in :meth:`ModalityLayout.check` only: until then an id out
-            of range counts as padding, and too many segments poison outputs with NaN.
+        ValueError: wrong shapes or devices; on the CPU also ids outside -1…M-1, roles outside 0…R-1, steps that fall,
+            bad ``cu_seqlens``, more segments than ``max_segments``. On CUDA values are looked at in
+            :meth:`ModalityLayout.check` only: until then an id or a role out of range counts as padding, and too many
+            segments and steps that fall poison outputs with NaN.
     """
-    cu_seqlens = _check_arguments(modality_ids, item_ids, cu_seqlens)
+    given = {"item_ids": item_ids, "roles": roles, "steps": steps, "chunks": chunks}
+    cu_seqlens = _check_arguments(modality_ids, given, cu_seqlens)
     on_cpu = checks.looks_at_values(modality_ids.device)
     if modality_ids.dtype in (torch.int8, torch.uint8):
         modality_ids = modality_ids.int()  # -1 and M are to be compared with
-    if num_modalities is None:
-        num_modalities = max(1, int(modality_ids.max()) + 1) if modality_ids.numel() else 1
-        if num_modalities > MANY_MODALITIES:
-            expected = f"to be given where ids reach {MANY_MODALITIES} (counts per modality are kept for every token)"
-            raise checks.wrong_value("num_modalities", expected, f"ids up to {num_modalities - 1}: are they token ids?")
-    checks.integer("num_modalities", num_modalities, 1)
+    num_modalities = _number_of("num_modalities", num_modalities, modality_ids)
+    if roles is None:
+        if num_roles not in (None, num_modalities):
+            raise checks.wrong_value("num_roles", f"{num_modalities}, as num_modalities, without roles", num_roles)
+        num_roles = num_modalities
+    else:
+        roles = roles.int() if roles.dtype in (torch.int8, torch.uint8) else roles
+        num_roles = _number_of("num_roles", num_roles, roles)
     if max_segments is not None:
         checks.integer("max_segments", max_segments, 0)
 
     in_range = (modality_ids >= -1) & (modality_ids < num_modalities)
+    stray = torch.zeros_like(in_range)
+    if roles is not None:
+        stray = (modality_ids >= 0) & ((roles < 0) | (roles >= num_roles))
     faults = None
     if not on_cpu:
-        faults = torch.stack(((~in_range).sum(), bad_bounds(cu_seqlens, modality_ids.numel()))).int()
+        faults = torch.stack(((~in_range).sum(), bad_bounds(cu_seqlens, modality_ids.numel()), stray.sum())).int()
         # In bounds whatever came, so that nothing below can read or write elsewhere.
         cu_seqlens = cu_seqlens.clamp(0, modality_ids.numel()).cummax(0).values
     elif not bool(in_range.all()):
@@ -66,9 +84,16 @@ def segment_modalities(
     elif bad_bounds(cu_seqlens, modality_ids.numel()):
         expected = f"non-decreasing offsets from 0 to the {modality_ids.numel()} tokens"
         raise checks.wrong_value("cu_seqlens", expected, f"{abridged(cu_seqlens)}")
+    elif roles is not None and bool(stray.any()):
+        bad = int(roles[stray][0])
+        raise checks.wrong_value(
+            "roles", f"roles from 0 to {num_roles - 1} where there is a modality", f"the role {bad}"
+        )
 
-    modality = torch.where(in_range, modality_ids, -1).int().flatten()
+    modality = torch.where(in_range & ~stray, modality_ids, -1).int().flatten()
     items = None if item_ids is None else item_ids.long().flatten().contiguous()
+    if roles is not None:
+        items = _runs(*(x for x in (items, roles.flatten()) if x is not None))
     cu_seqlens = cu_seqlens.to(torch.int32, copy=True).contiguous()
     segment, position, sequence, prefix, num_segments = _op_segment_tokens(modality, items, cu_seqlens, num_modalities)
 
@@ -80,21 +105,77 @@ def segment_modalities(
             raise checks.wrong_value("max_segments", f"at least the {segments} segments there are", max_segments)
     # A token past the last document (possible on CUDA only) has become padding.
     modality = torch.where(segment >= 0, modality, -1) if faults is not None else modality
+    role = modality if roles is None else torch.where(modality >= 0, roles.flatten(), -1).int()
+    step = torch.zeros_like(modality)
+    falls = torch.zeros_like(num_segments)
+    if steps is not None:
+        step = torch.where(modality >= 0, steps.flatten(), 0).clamp(-(2**31), 2**31 - 1)
+        falls = _falls(step, role, sequence, num_roles) + ((modality >= 0) & (step != steps.flatten())).sum()
+        step = step.int()
+        if on_cpu and falls:
+            raise checks.wrong_value("steps", STEPS_EXPECTED, f"{int(falls)} that fall, or are no int32")
+    chunk = torch.full_like(modality, -1) if chunks is None else _chunks(chunks.flatten(), modality, sequence)
+    if faults is not None:
+        faults = torch.cat((faults, falls.int().view(1)))
     shape = modality_ids.shape
     return ModalityLayout(
         modality=modality.view(shape),
         segment=segment.view(shape),
         position=position.view(shape),
         sequence=sequence.view(shape),
+        role=role.view(shape),
+        step=step.view(shape),
+        chunk=chunk.view(shape),
         counts=prefix[cu_seqlens[1:]] - prefix[cu_seqlens[:-1]],
         cu_seqlens=cu_seqlens,
         num_modalities=num_modalities,
+        num_roles=num_roles,
+        own_roles=roles is not None,
         max_segments=max_segments,
         num_segments=num_segments,
         prefix=prefix,
         table=_op_segment_table(modality, segment, sequence, max_segments),
         faults=faults,
     )
+
+
+def _number_of(name: str, number: int | None, ids: Tensor) -> int:
+    """M or R: as given, or the largest id + 1."""
+    if number is None:
+        number = max(1, int(ids.max()) + 1) if ids.numel() else 1
+        if number > MANY_MODALITIES:
+            kind = "modality" if name == "num_modalities" else "role"
+            expected = f"to be given where ids reach {MANY_MODALITIES} (there is something for every {kind})"
+            raise checks.wrong_value(name, expected, f"ids up to {number - 1}: are they token ids?")
+    return checks.integer(name, number, 1)
+
+
+def _runs(*facts: Tensor) -> Tensor:
+    """int64 ``[T]``: a number that changes wherever one of the facts does."""
+    changes = torch.stack([fact[1:] != fact[:-1] for fact in facts]).any(0)
+    return torch.nn.functional.pad(changes.cumsum(0), (min(facts[0].numel(), 1), 0))
+
+
+def _falls(step: Tensor, role: Tensor, sequence: Tensor, num_roles: int) -> Tensor:
+    """How many tokens have a lower step than the token of their role before them; int64, of no axes."""
+    kind = torch.where(role >= 0, sequence.long() * num_roles + role, -1)
+    order = torch.argsort(kind, stable=True)
+    kind, step = kind[order], step[order]
+    return ((kind[1:] == kind[:-1]) & (kind[1:] >= 0) & (step[1:] < step[:-1])).sum()
+
+
+def _chunks(chunks: Tensor, modality: Tensor, sequence: Tensor) -> Tensor:
+    """int32 ``[T]``, see `ModalityLayout.chunk`."""
+    tokens = torch.arange(modality.numel(), device=modality.device)
+    real = modality >= 0
+    if not modality.numel():
+        return modality.clone()
+    # The non-padding token before each one.
+    before = torch.nn.functional.pad(torch.where(real, tokens, -1).cummax(0).values, (1, 0), value=-1)[:-1]
+    place = before.clamp(min=0)
+    goes_on = (before >= 0) & (sequence[place] == sequence) & (chunks[place] == chunks)
+    begins = torch.where(real & ~goes_on, tokens, -1).cummax(0).values
+    return torch.where(real & (chunks >= 0), begins, -1).int()
 
 
 def segment_tokens_torch(
@@ -185,13 +266,14 @@ _op_segment_table = operator(
 )
 
 
-def _check_arguments(modality_ids: Tensor, item_ids: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+def _check_arguments(modality_ids: Tensor, given: dict[str, Tensor | None], cu_seqlens: Tensor | None) -> Tensor:
     """Shapes, dtypes and devices; returns cu_seqlens, made for a batch."""
     checks.has_numbers("modality_ids", checks.integer_tensor("modality_ids", modality_ids))
-    if item_ids is not None:
-        checks.integer_tensor("item_ids", item_ids)
-        checks.shape("item_ids", item_ids, modality_ids.shape, "of modality_ids")
-        checks.same_device("item_ids", item_ids, modality_ids.device, "modality_ids")
+    for name, fact in given.items():
+        if fact is not None:
+            checks.integer_tensor(name, fact)
+            checks.shape(name, fact, modality_ids.shape, "of modality_ids")
+            checks.same_device(name, fact, modality_ids.device, "modality_ids")
     if cu_seqlens is None:
         if modality_ids.dim() != 2:
             raise checks.wrong_value("modality_ids", "[B, L], or [T] together with cu_seqlens", modality_ids)

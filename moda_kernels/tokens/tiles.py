@@ -70,10 +70,8 @@ def tile_lists(
     checks.integer("block_q", block_q, 1)
     checks.integer("block_k", block_k, 1)
     queries = layout.queries() if queries is None else queries
-    if mask.num_modalities > MAX_MODALITIES:
-        raise checks.wrong_value(
-            "mask", f"at most {MAX_MODALITIES} modalities for tile lists", f"{mask.num_modalities}"
-        )
+    if mask.num_roles > MAX_MODALITIES:
+        raise checks.wrong_value("mask", f"at most {MAX_MODALITIES} modalities for tile lists", f"{mask.num_roles}")
     if checks.looks_at_values(layout.device) and layout.num_sequences:
         longest = int(layout.cu_seqlens.diff().max())
     else:

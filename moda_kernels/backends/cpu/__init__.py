@@ -36,7 +36,7 @@ class CpuBackend:
         return [f"torch {torch.__version__} has no operator aten::{name}" for name in missing]
 
     def why_not(self, call: AttentionCall) -> list[str]:
-        reasons = []
+        reasons = call.mask.why_not_pairwise(call.layout)
         if call.query.device.type != "cpu":
             reasons.append(f"it runs on the CPU, the tensors are on {call.query.device}")
         if call.query.dtype not in _DTYPES:

@@ -49,7 +49,7 @@ class TritonBackend:
         return list(gpu.why_absent())
 
     def why_not(self, call: AttentionCall) -> list[str]:
-        reasons = []
+        reasons = call.mask.why_not_pairwise(call.layout)
         device = gpu.why_not_on(call.query.device)
         if device is not None:
             reasons.append(device)
@@ -62,8 +62,8 @@ class TritonBackend:
                 reasons.append(f"it supports head sizes of {name} from 1 to {MAX_HEAD_DIM}, got {tensor.shape[-1]}")
         if call.attn_mask is not None and call.attn_mask.requires_grad:
             reasons.append("it has no gradient for attn_mask")
-        if call.mask.num_modalities > MAX_MODALITIES:
-            reasons.append(f"it supports at most {MAX_MODALITIES} modalities, got {call.mask.num_modalities}")
+        if call.mask.num_roles > MAX_MODALITIES:
+            reasons.append(f"it supports at most {MAX_MODALITIES} modalities, got {call.mask.num_roles}")
         longest = _longest(call.layout)
         if longest > MAX_TOKENS:
             reasons.append(f"it supports sequences of at most {MAX_TOKENS} tokens, got {longest}")

@@ -34,7 +34,7 @@ class Passes:
 @functools.lru_cache(maxsize=256)
 def make_passes(mask: ModularMask, split: bool, by_modality: bool) -> Passes:
     """The passes of a mask; split: first those of keys of the query's own modality, then those of the others."""
-    m = mask.num_modalities
+    m = mask.num_roles
     masks: list[ModularMask] = []
     rules: list[int] = []
     members: list[int] = []

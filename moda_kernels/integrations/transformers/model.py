@@ -87,8 +87,8 @@ def enable(
         raise checks.wrong_value("num_modalities", f"at least the {family.num_modalities} of this family", m)
     if mask is not None and not isinstance(mask, ModularMask):
         raise checks.wrong_type("mask", "a ModularMask", mask)
-    if mask is not None and mask.num_modalities != m:
-        raise checks.wrong_value("mask", f"{m} x {m} rules", f"{mask.num_modalities} x {mask.num_modalities}")
+    if mask is not None and mask.num_roles != m:
+        raise checks.wrong_value("mask", f"{m} x {m} rules", f"{mask.num_roles} x {mask.num_roles}")
     if pseudo is not None and not isinstance(pseudo, PseudoAttention):
         raise checks.wrong_type("pseudo", "a PseudoAttention", pseudo)
     chosen = _chosen(layers, attentions)
