@@ -1,14 +1,16 @@
 """Walks of tiles against the dense mask: each visible pair is met once, without masks only where none is needed."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import moda_kernels as mk
 from moda_kernels.testing import generator
-from moda_kernels.tokens import walks
+from moda_kernels.tokens import tiles, walks
 from moda_kernels.tokens.walks import KeyWalk, QueryWalk
 
 FAR = 2**31 - 1
@@ -240,3 +242,43 @@ def check(case: Case, block_q: int, block_k: int, affine: bool = False, chains: 
 @pytest.mark.parametrize("seed", range(90))
 def test_random_intervals(seed: int) -> None:
     check(random_case(seed), *BLOCKS[seed % 5], affine=seed % 4 == 1, chains=1 + seed % 3)
+
+
+# Of masks
+
+
+def test_mask_tiles_are_remembered_and_made_as_asked() -> None:
+    layout = mk.segment_modalities(torch.tensor([[0, 0, 1, 1, 0, -1, 1]]), num_modalities=2)
+    mask = mk.ModularMask.bidirectional_within(2, [1])
+    made = tiles.mask_tiles(layout, mask, 4, 2)
+    assert made.queries is not None and made.keys is not None
+    again = tiles.mask_tiles(layout, mask, 4, 2, of_keys=False)
+    assert again.queries is made.queries and again.keys is None and again.limits is made.limits
+    assert tiles.mask_tiles(layout, mask, 4, 4).queries is not made.queries
+    # One pass with all keys is affine, so the first pair are numbers of tiles. Row 0 sees no tile whole; rows 4 to 6 (5
+    # is padding) see the first two, and of the last two, with padding and with a key too few, what masks leave.
+    assert made.queries.runs.tolist() == [[[0, 0, 0, 0, 0, 0, 0, 2], [0, 2, 0, 0, 0, 0, 2, 4]]]
+    split = tiles.mask_tiles(layout, mask, 4, 2, split=True)
+    assert split.queries is not None and len(split.queries.runs) == 4
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0), (0, 0)])
+def test_without_tokens(shape: tuple[int, int]) -> None:
+    layout = mk.segment_modalities(torch.zeros(shape, dtype=torch.long))
+    for made in tiles.mask_tiles(layout, mk.ModularMask.full(1), 8, 8)[2:]:
+        assert made is not None and not any(bool(t.any()) for t in made)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"block_q": 0}, r"block_q: expected an int from 1 to 65536, got 0"),
+        ({"block_k": 2.0}, r"block_k: expected an int, got 2.0"),
+        ({"mask": mk.ModularMask.full(2)}, r"mask: expected 1 x 1 rules.*got 2 x 2"),
+    ],
+)
+def test_errors(arguments: dict[str, Any], message: str) -> None:
+    layout = mk.segment_modalities(torch.zeros(1, 4, dtype=torch.long))
+    usual = {"layout": layout, "mask": mk.ModularMask.full(1), "block_q": 4, "block_k": 4}
+    with pytest.raises((ValueError, TypeError), match=message):
+        tiles.mask_tiles(**(usual | arguments))

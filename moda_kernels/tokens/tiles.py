@@ -8,15 +8,17 @@ columns overlap, is decided by looking at the pair's tokens). The native extensi
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from moda_kernels.runtime import checks, native
 from moda_kernels.runtime.operators import operator
+from moda_kernels.tokens.intervals import mask_intervals, passes_of
 from moda_kernels.tokens.layout import ModalityLayout, QueryRows
 from moda_kernels.tokens.mask import ModularMask, Visibility, visible_pair
+from moda_kernels.tokens.walks import KeyWalk, QueryWalk, key_walk, query_walk
 
 #: Sequences up to this length have exact lists; beyond it the lists' memory would outgrow the keys.
 MAX_TOKENS = 65536
@@ -25,6 +27,64 @@ MAX_MODALITIES = 16
 
 #: A position or segment beyond all others, for tiles in which a modality does not occur.
 _NONE = 2**31 - 1
+
+
+class MaskTiles(NamedTuple):
+    """Everything that a tiled kernel needs to know of a mask.
+
+    Attributes:
+        limits, positions: who sees whom, see `Intervals`.
+        queries: what query tiles walk (forward, dq), or None.
+        keys: what key tiles walk (dk, dv), or None.
+    """
+
+    limits: Tensor
+    positions: Tensor
+    queries: QueryWalk | None
+    keys: KeyWalk | None
+
+
+def mask_tiles(
+    layout: ModalityLayout,
+    mask: ModularMask,
+    block_q: int,
+    block_k: int,
+    queries: QueryRows | None = None,
+    *,
+    split: bool = False,
+    by_modality: bool = False,
+    of_queries: bool = True,
+    of_keys: bool = True,
+) -> MaskTiles:
+    """The tiles of a mask over a layout; remembered on `queries`. Its memory is linear in tokens, nothing waits.
+
+    Args:
+        block_q, block_k: rows of a query tile and keys of a key tile.
+        queries: from :meth:`ModalityLayout.queries`. Default: as many queries as keys.
+        split, by_modality: which passes there are, see `make_passes`.
+        of_queries, of_keys: which walks to make.
+
+    Raises:
+        TypeError, ValueError: blocks that are no ints from 1 to 65,536, a mask that doesn't fit the layout.
+    """
+    passes = passes_of(layout, mask, split, by_modality)
+    rows = layout.queries() if queries is None else queries
+    limits, positions = mask_intervals(layout, rows, mask, split, by_modality)
+    bounds = (rows.cu_seqlens, layout.cu_seqlens, rows.shape, tuple(layout.modality.shape), block_q, block_k)
+    # Every key that is no padding is in the only pass.
+    affine = [(each.roles, each.modality) for each in passes.passes] == [(tuple(range(layout.num_roles)), None)]
+
+    def of_rows() -> QueryWalk:
+        real = ((rows.of(layout.modality) >= 0) & (rows.of(layout.role) >= 0)).flatten()
+        return query_walk(limits, positions, real, *bounds, affine)
+
+    of = (passes, mask.window, mask.window_on, block_q, block_k)
+    return MaskTiles(
+        limits,
+        positions,
+        rows.remember(("query walk", *of), of_rows) if of_queries else None,
+        rows.remember(("key walk", *of), lambda: key_walk(limits, positions, *bounds)) if of_keys else None,
+    )
 
 
 @dataclass(frozen=True, eq=False)

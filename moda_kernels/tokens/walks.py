@@ -102,7 +102,7 @@ def query_walk(
             Right for any keys, but where they are not, tiles are walked with masks that need none.
 
     Raises:
-        TypeError, ValueError: blocks that are no positive ints, 2^31 - 1 rows or keys or more.
+        TypeError, ValueError: blocks that are no ints from 1 to 65,536.
     """
     capacities, lengths = _sizes(q_shape, k_shape, cu_q, block_q, block_k)
     return QueryWalk(
@@ -146,27 +146,27 @@ def _sizes(
     return capacities, lengths
 
 
-def cut_tiles(cu_seqlens: Tensor, length: int, block: int, capacity: int) -> tuple[Tensor, Tensor]:
+def cut_tiles(cu_seqlens: Tensor, length: int, block: int, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sequences cut into tiles of `block` tokens, the last of each perhaps of fewer.
 
     Args:
         length: of each sequence, where all have the same; -1 where not.
 
     Returns:
-        The number of each sequence's first tile, int64 ``[N + 1]``, and the tiles, int32 ``[capacity, 3]``: sequence,
-        first token, tokens (all 0 where there is no tile).
+        The number of each sequence's first tile, int64 ``[N + 1]``; the sequence of each number, int64 ``[capacity]``,
+        in gaps too; and the tiles, int32 ``[capacity, 3]``: sequence, first token, tokens (all 0 in a gap).
     """
     sequences = cu_seqlens.shape[0] - 1
     number = torch.arange(sequences + 1, device=cu_seqlens.device)
     first = number * -(-length // block) if length >= 0 else cu_seqlens.long() // block + number
     tile = torch.arange(capacity, device=cu_seqlens.device)
     if sequences == 0:
-        return first, torch.zeros(capacity, 3, dtype=torch.int32, device=cu_seqlens.device)
+        return first, tile, torch.zeros(capacity, 3, dtype=torch.int32, device=cu_seqlens.device)
     sequence = torch.searchsorted(first[1:], tile, right=True).clamp(max=sequences - 1)
     token = cu_seqlens[sequence] + (tile - first[sequence]) * block
     tokens = (cu_seqlens[sequence + 1] - token).clamp(0, block)
     tiles = torch.stack((sequence, token, tokens), 1)
-    return first, torch.where((tokens > 0)[:, None], tiles, 0).int()
+    return first, sequence, torch.where((tokens > 0)[:, None], tiles, 0).int()
 
 
 class _KeyTiles(NamedTuple):
@@ -181,21 +181,14 @@ class _KeyTiles(NamedTuple):
 
 
 def _key_tiles(positions: Tensor, cu_k: Tensor, length: int, block: int, capacity: int) -> _KeyTiles:
-    first, tiles = cut_tiles(cu_k, length, block, capacity)
+    first, sequence, tiles = cut_tiles(cu_k, length, block, capacity)
     position = _by_tile(positions, tiles, length, block, -1)
     member = position >= 0
-    base = _bases(tiles, cu_k)
+    base = sequence << 32
     low = base + torch.where(member, position, FAR).amin(-1) + 1
     high = base + position.amax(-1) + 1
     # Tiles without a key in the pass take over their neighbours' bounds.
     return _KeyTiles(tiles, first, _suffix_min(low), high.cummax(-1).values, member.any(-1), member.all(-1))
-
-
-def _bases(tiles: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """What makes the positions of later sequences larger; in a gap that of the sequence before it."""
-    real = tiles[:, 2] > 0
-    sequence = torch.where(real, tiles[:, 0], -1).cummax(0).values.long()
-    return sequence.clamp(min=0) << 32
 
 
 def _ranges(keys: _KeyTiles, base: Tensor, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -229,7 +222,7 @@ def query_walk_torch(
     """
     passes, intervals = limits.shape[:2]
     (q_count, k_count), device = capacities, limits.device
-    _, q_tiles = cut_tiles(cu_q, lengths[0], blocks[0], q_count)
+    _, sequence, q_tiles = cut_tiles(cu_q, lengths[0], blocks[0], q_count)
     if q_count == 0 or k_count == 0 or passes == 0:
         runs = torch.zeros(passes * intervals, q_count, 8, dtype=torch.int32, device=device)
         lists = torch.zeros(passes, 2 * k_count + 1, dtype=torch.int32, device=device)
@@ -243,7 +236,7 @@ def query_walk_torch(
     union_lo, union_hi = torch.where(sees, lo, FAR).amin(-1), torch.where(sees, hi, -2).amax(-1)
     common_lo = torch.where(counts, torch.where(sees, lo, FAR), -1).amax(-1)
     common_hi = torch.where(counts, torch.where(sees, hi, -2), FAR).amin(-1)
-    base = _bases(q_tiles, cu_q)
+    base = sequence << 32
     u0, u1, _, _ = _ranges(keys, base, union_lo, union_hi)
     _, _, f0, f1 = _ranges(keys, base, common_lo, common_hi)
     u1 = torch.maximum(u1, u0)
@@ -294,9 +287,9 @@ def key_walk_torch(
     """The PyTorch twin of `native.key_walk`; returns the fields of `KeyWalk`. Arguments as of `query_walk_torch`."""
     passes, intervals = limits.shape[:2]
     walks, (q_count, k_count), device = passes * intervals, capacities, limits.device
-    _, q_tiles = cut_tiles(cu_q, lengths[0], blocks[0], q_count)
+    _, sequence, q_tiles = cut_tiles(cu_q, lengths[0], blocks[0], q_count)
     if q_count == 0 or k_count == 0 or passes == 0:
-        _, k_tiles = cut_tiles(cu_k, lengths[1], blocks[1], k_count)
+        k_tiles = cut_tiles(cu_k, lengths[1], blocks[1], k_count)[2]
         runs = torch.zeros(walks, k_count, 4 * chains + 4, dtype=torch.int32, device=device)
         lists = torch.zeros(walks, q_count + 1, dtype=torch.int32, device=device)
         return k_tiles, torch.arange(k_count, dtype=torch.int32, device=device), runs, lists
@@ -305,7 +298,7 @@ def key_walk_torch(
     lo = _by_tile(limits[:, :, 0], q_tiles, lengths[0], blocks[0], FAR)
     hi = _by_tile(limits[:, :, 1], q_tiles, lengths[0], blocks[0], -2)
     sees = lo < hi
-    base = _bases(q_tiles, cu_q)
+    base = sequence << 32
     u0, u1, _, _ = _ranges(keys, base, torch.where(sees, lo, FAR).amin(-1), torch.where(sees, hi, -2).amax(-1))
     _, _, f0, f1 = _ranges(keys, base, lo.amax(-1), hi.amin(-1))
     f0, f1 = f0.clamp(min=u0, max=torch.maximum(u0, u1)), f1.clamp(max=u1)
