@@ -161,7 +161,8 @@ class DuplexAligner(aligner.DuplexAligner):
         """k' of every key, in the shape of ``key``.
 
         For token t of modality m: R = Σ k_jᵀ k_j over the other modalities' tokens j of the sequence (scope "causal":
-        those before t), normed; k̂ = k_t R̂; k' = k + ρ ⊙ k̂, or (k + ρ ⊙ k̂) Wᵀ, or [k ; k̂] Wᵀ.
+        those before t), normed; k̂ = k_t R̂; k' = k + ρ ⊙ k̂, or (k + ρ ⊙ k̂) Wᵀ, or [k ; k̂] Wᵀ; with `renorm` times
+        ‖k‖ / ‖k'‖.
         """
         tokens = maps.to_tokens("key", key, layout)
         return maps.from_tokens(self._fused(tokens, tokens, layout), layout)
@@ -189,8 +190,16 @@ class DuplexAligner(aligner.DuplexAligner):
             else:
                 joined = k + ratio * mapped
                 joined = joined if weight is None else joined @ weight.T
+            if self.renorm:
+                joined = _with_length(joined, k)
             fused.append(joined.to(tokens.dtype))
         return torch.stack(fused) if fused else tokens
+
+
+def _with_length(fused: Tensor, key: Tensor) -> Tensor:
+    """k' ‖k‖ / ‖k'‖, 0 where k' is 0; of one token, ``[H, D]``."""
+    rows = [f if not f.any() else f * (k.norm() / f.norm()) for f, k in zip(fused, key, strict=True)]
+    return torch.stack(rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -256,6 +265,8 @@ def align_keys(key: Tensor, key_map: KeyMap, layout: ModalityLayout) -> Tensor:
         shifted = k + 1e-6
         unit = shifted / shifted.norm(dim=-1, keepdim=True)
         fused = fused + torch.einsum("thd,thde->the", unit, key_map.unit_matrix.flatten(0, 1)[group.clamp(min=0)])
+    if key_map.renorm:
+        fused = torch.stack([_with_length(f, of) for f, of in zip(fused, k, strict=True)]) if len(k) else fused
     return maps.from_tokens(torch.where(mapped[:, None, None], fused.to(key.dtype), tokens), layout)
 
 

@@ -92,6 +92,45 @@ def test_against_the_reference(fusion: str, norm: str, scope: str, m: int) -> No
                 )
 
 
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_keys_that_keep_their_lengths(fusion: str, norm: str, scope: str) -> None:
+    options = {"fusion": fusion, "norm": norm, "scope": scope, "aligned": (0, 2), "renorm": True}
+    module, literal = aligner(3, **options), aligner(3, cls=mk.reference.DuplexAligner, **options)
+    for name, layout in layouts(3).items():
+        key = keys(layout)
+        flat = tokens(key, layout)
+        flat[2::5] = 0  # some keys are zero
+        key.requires_grad_()
+        got, expected = fuse(module, key, layout), literal.fused_keys(key, layout)
+        torch.testing.assert_close(got, expected, **EXACT, msg=lambda s, name=name: f"{name}: {s}")
+        torch.testing.assert_close(got.norm(dim=-1), key.norm(dim=-1), **EXACT)
+        if scope == "sequence":
+            key_map = module(key, layout)
+            assert isinstance(key_map, ModalityMap) and not key_map.foldable
+            torch.testing.assert_close(mk.reference.align_keys(key, key_map, layout), got, **EXACT)
+        weight = torch.randn_like(key)
+        got = torch.autograd.grad(got, (key, *module.parameters()), weight, materialize_grads=True)
+        # The norm of a zero key has no gradient: a subgradient is 0.
+        expected = torch.autograd.grad(expected, (key, *literal.parameters()), weight, materialize_grads=True)
+        for of, a, b in zip(("key", *module.state_dict()), got, expected, strict=True):
+            torch.testing.assert_close(a, b, **EXACT, msg=lambda s, of=of, name=name: f"{name}, {of}: {s}")
+
+
+def test_a_fused_key_of_zero_stays_zero() -> None:
+    layout = layouts(3)["batch"]
+    for scope in SCOPES:
+        module, key = aligner(3, fusion="linear", scope=scope, renorm=True), keys(layout).requires_grad_()
+        with torch.no_grad():
+            module.weight[1] = 0
+        fused = fuse(module, key, layout)
+        zero = (fused == 0).all(-1)
+        assert bool(zero.any()) and bool((layout.modality[:, None].expand(zero.shape)[zero] == 1).all())
+        for grad in torch.autograd.grad(fused, (key, *module.parameters()), torch.randn_like(fused)):
+            assert bool(grad.isfinite().all())
+
+
 @pytest.mark.parametrize("length", [1, 63, 100])
 @pytest.mark.parametrize("scope", SCOPES)
 def test_odd_lengths(scope: str, length: int) -> None:
@@ -144,12 +183,13 @@ def test_side_by_side_items_are_not_each_others_modality() -> None:
         torch.testing.assert_close(fuse(module, key, one), fuse(module, key, two), **EXACT)
 
 
+@pytest.mark.parametrize("renorm", [False, True])
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("norm", NORMS)
-def test_gradcheck(fusion: str, scope: str, norm: str) -> None:
+def test_gradcheck(fusion: str, scope: str, norm: str, renorm: bool) -> None:
     layout = packed([0, 1, 1, -1, 2, 0, 1, 2], [0, 6, 8], 3)
-    module = aligner(3, dim=2, fusion=fusion, scope=scope, norm=norm)
+    module = aligner(3, dim=2, fusion=fusion, scope=scope, norm=norm, renorm=renorm)
     names = list(module.state_dict())
 
     def fused(key: Tensor, *parameters: Tensor) -> Tensor:
@@ -189,17 +229,21 @@ def test_alignment_folds_into_the_query() -> None:
 # What stays as it is
 
 
+@pytest.mark.parametrize("renorm", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_a_fresh_aligner_changes_nothing(fusion: str, scope: str, dtype: torch.dtype) -> None:
+def test_a_fresh_aligner_changes_nothing(fusion: str, scope: str, dtype: torch.dtype, renorm: bool) -> None:
     layout = layouts(3)["batch"]
     key, value, query = (keys(layout, dtype=dtype) for _ in range(3))
-    module = mk.DuplexAligner(D, 3, fusion=fusion, scope=scope)
+    module = mk.DuplexAligner(D, 3, fusion=fusion, scope=scope, renorm=renorm)
     key_map = module(key, layout)
     fused = mk.align_keys(key, key_map, layout)
     assert fused.dtype == dtype
-    torch.testing.assert_close(fused, key, rtol=torch.finfo(dtype).eps, atol=0)
+    # The length is taken twice.
+    torch.testing.assert_close(
+        fused, key, rtol=(8 if renorm and dtype.itemsize > 2 else 1) * torch.finfo(dtype).eps, atol=0
+    )
     plain = mk.moda_attention(query, key, value, layout=layout, is_causal=True)
     aligned = mk.moda_attention(query, key, value, layout=layout, is_causal=True, key_map=key_map)
     # One rounding of keys in the arithmetic's dtype; low precision is computed wider.
@@ -208,14 +252,17 @@ def test_a_fresh_aligner_changes_nothing(fusion: str, scope: str, dtype: torch.d
     )
 
 
+@pytest.mark.parametrize("renorm", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_keys_that_are_not_mapped_are_returned_bit_for_bit(fusion: str, scope: str, dtype: torch.dtype) -> None:
+def test_keys_that_are_not_mapped_are_returned_bit_for_bit(
+    fusion: str, scope: str, dtype: torch.dtype, renorm: bool
+) -> None:
     for layout in layouts(3).values():
         key = keys(layout, dtype=dtype)
         key = torch.where(key.abs() < 0.1, -0.0, key).requires_grad_()
-        module = aligner(3, fusion=fusion, scope=scope, aligned=(0, 1))
+        module = aligner(3, fusion=fusion, scope=scope, aligned=(0, 1), renorm=renorm)
         modality, sequence = layout.modality.flatten(), layout.sequence.flatten()
         order = torch.arange(len(modality))
         other = (sequence[:, None] == sequence) & (modality[:, None] != modality) & (modality >= 0)
@@ -243,8 +290,8 @@ def test_no_modality_switched_on() -> None:
 def test_padding_may_hold_anything() -> None:
     layout = layouts(3)["batch"]
     hidden = (layout.modality < 0)[:, None, :, None]
-    for fusion, scope in itertools.product(FUSIONS, SCOPES):
-        module, key = aligner(3, fusion=fusion, scope=scope), keys(layout)
+    for fusion, scope, renorm in itertools.product(FUSIONS, SCOPES, (False, True)):
+        module, key = aligner(3, fusion=fusion, scope=scope, renorm=renorm), keys(layout)
         expected = fuse(module, key, layout)
         bad = torch.where(hidden, float("nan"), key).requires_grad_()
         got = fuse(module, bad, layout)
@@ -297,14 +344,15 @@ def test_a_zero_column_of_keys(scope: str) -> None:
         torch.testing.assert_close(a, b, **EXACT)
 
 
+@pytest.mark.parametrize("renorm", [False, True])
 @pytest.mark.parametrize("size", [1e-18, 1e15])
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_huge_and_tiny_keys(fusion: str, scope: str, norm: str, size: float) -> None:
+def test_huge_and_tiny_keys(fusion: str, scope: str, norm: str, size: float, renorm: bool) -> None:
     """R̂ does not depend on the keys' size: k' of c·k is c·k', with the same gradient."""
     layout = layouts(3)["batch"]
-    module = aligner(3, fusion=fusion, scope=scope, norm=norm).float()
+    module = aligner(3, fusion=fusion, scope=scope, norm=norm, renorm=renorm).float()
     key = keys(layout, dtype=torch.float32)
     weight = torch.randn_like(key)
 
@@ -365,6 +413,7 @@ def test_sequences_do_not_touch_each_other(scope: str) -> None:
         broken[1, :, 2] = bad
         fused = fuse(module, broken, layout)
         assert torch.equal(fused[0], expected[0]) and torch.equal(fused[2], expected[2]), bad
+        assert bool(fused[1, :, 3].isnan().all()), "a sum that is broken does not pass for one of zeros"
 
 
 # The module

@@ -38,6 +38,7 @@ ERRORS: dict[str, tuple[Callable[[], object], type[Exception], list[str]]] = {
     "scope": (lambda: mk.DuplexAligner(D, 2, scope="past"), ValueError, ["scope", "'causal'", "got 'past'"]),
     "aligned range": (lambda: mk.DuplexAligner(D, 2, aligned=[2]), ValueError, ["aligned", "0 to 1", "2"]),
     "aligned negative": (lambda: mk.DuplexAligner(D, 2, aligned=[-1]), ValueError, ["aligned", "0 to 1", "-1"]),
+    "renorm": (lambda: mk.DuplexAligner(D, 2, renorm=1), TypeError, ["renorm", "a bool", "1"]),
     "aligned type": (lambda: mk.DuplexAligner(D, 2, aligned=1), TypeError, ["aligned", "iterable", "1"]),
     "aligned entry": (lambda: mk.DuplexAligner(D, 2, aligned=["v"]), TypeError, ["aligned", "int", "'v'"]),
     "head_dim": (lambda: mk.DuplexAligner(0, 2), ValueError, ["head_dim", ">= 1", "0"]),

@@ -1,4 +1,4 @@
-"""The causal scope: no chunking shows, memory stays bounded, keys and outputs never look ahead (and what does look
+"""The causal scope: no blocks show, memory stays bounded, keys and outputs never look ahead (and what does look
 ahead shows), and passes over prefixes equal one full pass."""
 
 import dataclasses
@@ -59,14 +59,14 @@ def rows(length: int, *segments: tuple[int, int]) -> Tensor:
     return torch.tensor([flat])
 
 
-# Chunks
+# Blocks
 
 
 LAYOUTS = {
     "one-token segments": lambda: mk.segment_modalities(torch.arange(70)[None] % M),
     "short segments": lambda: mk.segment_modalities(ids(80, 2).view(2, 40), num_modalities=M),
-    "segments longer than chunks": lambda: mk.segment_modalities(ids(80, 17).view(2, 40), num_modalities=M),
-    # Documents that begin inside chunks, at their edges, and several in one; empty ones at the ends and between.
+    "segments longer than blocks": lambda: mk.segment_modalities(ids(80, 17).view(2, 40), num_modalities=M),
+    # Documents that begin inside blocks, at their edges, and several in one; empty ones at the ends and between.
     "packed": lambda: packed([0, 0, 3, 7, 7, 9, 10, 11, 12, 40, 64, 65, 80, 80, 90, 90]),
     "packed, longer segments": lambda: packed([0, 14, 21, 50, 50, 64, 81], run=5),
     "padding": lambda: mk.segment_modalities(torch.full((2, 30), -1), num_modalities=M),
@@ -77,28 +77,29 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_chunks_do_not_show(name: str, fusion: str) -> None:
-    layout, module = LAYOUTS[name](), aligner(fusion=fusion)
+def test_blocks_do_not_show(name: str, fusion: str) -> None:
+    layout, module = LAYOUTS[name](), aligner(fusion=fusion, renorm=fusion == "linear")
     _, key, upstream = tensors(layout)
     key.requires_grad_()
     key_map = module(key, layout)
     assert isinstance(key_map, CausalMap)
     results = []
-    for chunk in (layout.num_tokens, 7, 64, *([1] if fusion == "add" else [])):
-        fused = mk.align_keys(key, dataclasses.replace(key_map, chunk=chunk), layout)
+    for size in (layout.num_tokens, 7, 64, *([1] if fusion == "add" else [])):
+        fused = mk.align_keys(key, dataclasses.replace(key_map, size=size), layout)
         gradients = torch.autograd.grad(fused, (key, *module.parameters()), upstream, materialize_grads=True)
         with torch.no_grad():
-            assert torch.equal(mk.align_keys(key, dataclasses.replace(key_map, chunk=chunk), layout), fused)
+            assert torch.equal(mk.align_keys(key, dataclasses.replace(key_map, size=size), layout), fused)
         results.append((fused, *gradients))
-    for chunked in results[1:]:
-        for a, b in zip(chunked, results[0], strict=True):
+    for blocked in results[1:]:
+        for a, b in zip(blocked, results[0], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12 * max(1.0, b.abs().max().item()))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_chunks_of_segments_whose_tokens_are_not_known_on_the_host(name: str) -> None:
+@pytest.mark.parametrize("renorm", [False, True])
+def test_blocks_of_pieces_whose_tokens_are_not_known_on_the_host(name: str, renorm: bool) -> None:
     """As on a GPU, where asking for their places would wait; with more slots than segments too."""
-    layout, module = LAYOUTS[name](), aligner(fusion="linear")
+    layout, module = LAYOUTS[name](), aligner(fusion="linear", renorm=renorm)
     roomy = mk.segment_modalities(
         layout.modality, num_modalities=M, cu_seqlens=layout.cu_seqlens if layout.packed else None,
         max_segments=layout.max_segments + 9,
@@ -111,7 +112,7 @@ def test_chunks_of_segments_whose_tokens_are_not_known_on_the_host(name: str) ->
     for size in (7, 64):
         key_map = module(key, roomy)
         assert isinstance(key_map, CausalMap)
-        fused = key_map._by_segments(key if layout.packed else key.transpose(1, 2), size)
+        fused = key_map._by_pieces(key if layout.packed else key.transpose(1, 2), size)
         fused = fused if layout.packed else fused.transpose(1, 2)
         torch.testing.assert_close(fused, expected, rtol=1e-12, atol=1e-12, equal_nan=True)
         gradients = torch.autograd.grad(fused, (key, *module.parameters()), upstream, materialize_grads=True)
@@ -119,14 +120,14 @@ def test_chunks_of_segments_whose_tokens_are_not_known_on_the_host(name: str) ->
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12 * max(1.0, b.abs().max().item()))
 
 
-def test_chunks_in_double_backward() -> None:
+def test_blocks_in_double_backward() -> None:
     layout = packed([0, 5, 5, 9])
-    module = aligner()
+    module = aligner(renorm=True)
     _, key, _ = tensors(layout, heads=1)
     key.requires_grad_()
     results = []
-    for chunk in (9, 2):
-        fused = mk.align_keys(key, dataclasses.replace(module(key, layout), chunk=chunk), layout)
+    for size in (9, 2):
+        fused = mk.align_keys(key, dataclasses.replace(module(key, layout), size=size), layout)
         (first,) = torch.autograd.grad(fused.square().sum(), key, create_graph=True)
         results.append(torch.autograd.grad(first.square().sum(), (key, module.ratio)))
     for a, b in zip(*results, strict=True):
@@ -206,12 +207,12 @@ def changed_from(x: Tensor, column: int) -> Tensor:
 @pytest.mark.parametrize("norm", ["row", "frobenius"])
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_keys_never_look_ahead(fusion: str, norm: str) -> None:
-    layout, module = mk.segment_modalities(SEQUENCE), aligner(fusion=fusion, norm=norm)
+    layout, module = mk.segment_modalities(SEQUENCE), aligner(fusion=fusion, norm=norm, renorm=norm == "frobenius")
     _, key, _ = tensors(layout)
-    for chunk, column in itertools.product((None, 1, 5), range(1, 16)):
+    for size, column in itertools.product((None, 1, 5), range(1, 16)):
         fused = []
         for x in (key, changed_from(key, column)):
-            fused.append(mk.align_keys(x, dataclasses.replace(module(x, layout), chunk=chunk), layout))
+            fused.append(mk.align_keys(x, dataclasses.replace(module(x, layout), size=size), layout))
         assert torch.equal(fused[0][:, :, :column], fused[1][:, :, :column])
         assert not torch.equal(fused[0][:, :, column:], fused[1][:, :, column:])
 

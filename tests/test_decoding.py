@@ -40,7 +40,13 @@ def mapper(case: Case, tensors: dict[str, Tensor]) -> Callable[..., mk.KeyMap] |
         return lambda key, value, state: mk.released_key_map(
             key, value, None, tensors["ratio"], tensors["weight"], state=state
         )
-    options = {"fusion": case.fusion, "norm": case.norm, "scope": case.scope, "aligned": case.aligned}
+    options = {
+        "fusion": case.fusion,
+        "norm": case.norm,
+        "scope": case.scope,
+        "aligned": case.aligned,
+        "renorm": case.renorm,
+    }
     aligner = mk.DuplexAligner(tensors["key"].shape[-1], case.modalities, dtype=tensors["key"].dtype, **options)
     aligner.load_state_dict({name: tensors[name] for name in ("ratio", "weight") if name in tensors})
     aligner.requires_grad_(False)
@@ -126,6 +132,7 @@ class Decoder:
         undo: int = 2,
         columns: Callable[[int, int], int] = lambda length, new: length,
         dtype: torch.dtype = torch.float64,
+        renorm: bool = False,
         **options: Any,
     ) -> None:
         self.kind, self.columns, self.options = kind, columns, {"is_causal": True} | options
@@ -134,7 +141,7 @@ class Decoder:
         self.state = mk.DecodeState(M, undo=undo)
         self.ratio, self.weight = torch.randn(D, dtype=dtype), torch.randn(D, D, dtype=dtype)
         self.aligner = mk.DuplexAligner(
-            D, M, fusion="concat", scope="sequence" if kind == "released" else kind, dtype=dtype
+            D, M, fusion="concat", scope="sequence" if kind == "released" else kind, dtype=dtype, renorm=renorm
         )
         with torch.no_grad():
             for parameter in self.aligner.parameters():
@@ -222,10 +229,11 @@ def test_static_cache(kind: str, backend: str, room: int) -> None:
         decoder.step(token())
 
 
+@pytest.mark.parametrize("renorm", [False, True])
 @pytest.mark.parametrize("kind", ["causal", "sequence"])
-def test_only_new_keys_are_read(kind: str) -> None:
+def test_only_new_keys_are_read(kind: str, renorm: bool) -> None:
     """So a step costs its own tokens: old keys may be NaN for the aligner."""
-    decoder = Decoder(kind, batch=1)
+    decoder = Decoder(kind, batch=1, renorm=renorm)
     decoder.step(torch.tensor([[0, 0, 1, 1, 2, 0]]))
     decoder.gone = 10**6
     for ids in ([0], [1, 1, 2], [2], [0], [0, 1]):

@@ -29,6 +29,26 @@ def aligners(model: Any) -> dict[str, Tensor]:
     return {name: t for name, t in model.state_dict().items() if "moda_aligner" in name}
 
 
+def test_keys_that_keep_their_lengths() -> None:
+    made = {}
+    for renorm in (False, True):
+        torch.manual_seed(0)
+        model = vlm.randomised(enable(vlm.make("llava"), renorm=renorm))
+        kept = [module.renorm for module in model.modules() if isinstance(module, mk.DuplexAligner)]
+        assert kept and all(of == renorm for of in kept)
+        assert model.config.moda.get("renorm", False) == renorm
+        made[renorm] = logits(model, vlm.inputs("llava"))
+        # A model's config says what its aligners are.
+        saved = dict(model.config.moda)
+        disable(model)
+        model.config.moda = saved
+        with pytest.raises(ValueError, match="renorm"):
+            enable(model, renorm=not renorm)
+    assert not torch.allclose(made[False], made[True])
+    with pytest.raises(ValueError, match="renorm"):
+        enable(vlm.make("llava"), fusion="released", scope="sequence", renorm=True)
+
+
 # Saving and loading
 
 LOAD = """

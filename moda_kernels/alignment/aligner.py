@@ -19,10 +19,12 @@ from moda_kernels.alignment.maps import (
     ModalityMap,
     fused_matrix,
     normed,
+    renormed,
     sum_of_others,
     token_major,
 )
 from moda_kernels.alignment.memory import DecodeState, LayerState, layer_of
+from moda_kernels.alignment.pieces import Pieces, pieces_of
 from moda_kernels.runtime import checks
 from moda_kernels.tokens.layout import ModalityLayout
 from moda_kernels.tokens.segments import as_layout
@@ -44,6 +46,8 @@ class DuplexAligner(nn.Module):
         scope: "sequence": Gram sums over the whole sequence (the paper; under a causal mask it lets keys look ahead);
             "causal": over earlier tokens only (for training with a causal loss, and for decoding).
         aligned: the modalities whose keys are mapped. Default: all.
+        renorm: a mapped key keeps its length: k' is multiplied by ‖k‖ / ‖k'‖. For models with QK-norm,
+            whose attention longer keys would sharpen. Such a map does not fold into the query.
 
     Attributes:
         ratio: ρ ``[M, D]`` (add, linear). weight: W ``[M, D, D]`` (linear) or ``[M, D, 2D]`` (concat).
@@ -64,6 +68,7 @@ class DuplexAligner(nn.Module):
         norm: str = "row",
         scope: str = "sequence",
         aligned: Iterable[int] | None = None,
+        renorm: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -75,6 +80,9 @@ class DuplexAligner(nn.Module):
         self.scope = checks.choice("scope", scope, SCOPES)
         everything = range(num_modalities) if aligned is None else aligned
         self.aligned = checks.modality_indices("aligned", everything, num_modalities)
+        if not isinstance(renorm, bool):
+            raise checks.wrong_type("renorm", "a bool", renorm)
+        self.renorm = renorm
         self.register_parameter("ratio", None)
         self.register_parameter("weight", None)
         if fusion != "concat":
@@ -133,7 +141,7 @@ class DuplexAligner(nn.Module):
         if memory is not None:
             return self._decode(key, layout, memory)
         if self.scope == "causal":
-            return self._causal_map(tokens, layout)
+            return self._causal_map(tokens, pieces_of(layout, self.aligned))
         gram = products.segment_gram(tokens, tokens, layout.grouping("modality"))
         return self._sequence_map(gram.unflatten(0, tuple(layout.counts.shape)), layout)
 
@@ -148,41 +156,38 @@ class DuplexAligner(nn.Module):
             new, part = memory.new_tokens("key", key, begin, end)
         if not causal:
             return self._sequence_map(memory.add(new, new, part.groups("modality"), m, end), layout)
-        before, counts = memory.gram, layout.counts - part.counts
+        before, pieces = memory.gram, memory.pieces(part, begin, end, self.aligned)
         if before is not None and not part.packed and end - begin == 1:
-            fused = self._align_one(new, part, before, counts)
+            fused = self._align_one(new, pieces, before)
         else:
-            fused = self._causal_map(new, part, before, counts).align(new, part)
+            fused = self._causal_map(new, pieces, before).align(new, part)
         kept = memory.keep(fused, begin, key)
         memory.add(new, new, part.groups("modality"), m, end)
         return KeptKeys(kept, layout)
 
-    def _causal_map(
-        self, tokens: Tensor, layout: ModalityLayout, before: Tensor | None = None, counts: Tensor | None = None
-    ) -> CausalMap:
+    def _causal_map(self, tokens: Tensor, pieces: Pieces, before: Tensor | None = None) -> CausalMap:
         return CausalMap(
-            tokens, layout, self.ratio, self.weight, self.fusion, self.norm, self.aligned,
-            before=before, before_counts=counts,
-        )  # fmt: skip
+            tokens, pieces.layout, pieces, self.ratio, self.weight, self.fusion, self.norm, self.renorm, before=before
+        )
 
-    def _align_one(self, tokens: Tensor, layout: ModalityLayout, before: Tensor, counts: Tensor) -> Tensor:
+    def _align_one(self, tokens: Tensor, pieces: Pieces, before: Tensor) -> Tensor:
         """The causal map of one new token per sequence ``[B, Hkv, D]``, applied: in few small operations, because they
         are done for every token and layer."""
 
-        def facts() -> tuple[Tensor, Tensor, Tensor]:
-            modality = layout.modality[:, 0].long().clamp(min=0)
-            rows = torch.arange(modality.numel(), device=modality.device)
-            aligned = layout.chosen(self.aligned)
-            alone = counts.sum(1) == counts[rows, modality]
-            return rows, modality, (layout.modality[:, 0] >= 0) & aligned[modality] & ~alone
+        def facts() -> tuple[Tensor, Tensor]:
+            modality = pieces.layout.modality[:, 0].long().clamp(min=0)
+            return torch.arange(modality.numel(), device=modality.device), modality
 
-        rows, modality, mapped = layout.remember(("one token", self.aligned), facts)
+        rows, modality = pieces.layout.remember("one token", facts)
         with torch.autocast(tokens.device.type, enabled=False):
             rest = normed(sum_of_others(before)[rows, modality], self.norm)
             ratio, weight = (None if p is None else p.to(before.dtype)[modality] for p in (self.ratio, self.weight))
             matrix = fused_matrix(rest, ratio, weight, self.fusion)
-            fused = (tokens.to(before.dtype)[:, :, None] @ matrix)[:, :, 0].to(tokens.dtype)
-        return torch.where(mapped[:, None, None], fused, tokens)
+            wide = tokens.to(before.dtype)
+            fused = (wide[:, :, None] @ matrix)[:, :, 0]
+            if self.renorm:
+                fused = renormed(fused, wide)
+        return torch.where(pieces.mapped[:, None, None], fused.to(tokens.dtype), tokens)
 
     def _sequence_map(self, gram: Tensor, layout: ModalityLayout) -> ModalityMap:
         """The map from Gram sums ``[N, M, Hkv, D, D]`` over whole sequences."""
@@ -191,10 +196,11 @@ class DuplexAligner(nn.Module):
             matrix = fused_matrix(normed(sum_of_others(gram), self.norm), ratio, weight, self.fusion)
         mapped = (layout.counts.sum(1, keepdim=True) > layout.counts) & layout.chosen(self.aligned)
         identity = torch.eye(self.head_dim, dtype=gram.dtype, device=gram.device)
-        return ModalityMap(torch.where(mapped[..., None, None, None], matrix, identity), mapped, None, layout)
+        matrix = torch.where(mapped[..., None, None, None], matrix, identity)
+        return ModalityMap(matrix, mapped, None, layout, self.renorm)
 
     def extra_repr(self) -> str:
         return (
             f"head_dim={self.head_dim}, num_modalities={self.num_modalities}, fusion={self.fusion!r}, "
-            f"norm={self.norm!r}, scope={self.scope!r}, aligned={self.aligned}"
+            f"norm={self.norm!r}, scope={self.scope!r}, aligned={self.aligned}, renorm={self.renorm}"
         )

@@ -8,11 +8,13 @@ one projection (`products.segment_project`).
 
 import abc
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moda_kernels import products
+from moda_kernels.products.twin import compute_dtype
 from moda_kernels.runtime import checks
 from moda_kernels.tokens.layout import ModalityLayout
 from moda_kernels.tokens.segments import as_layout
@@ -21,14 +23,42 @@ FUSIONS = ("add", "linear", "concat")
 NORMS = ("row", "frobenius")
 
 
+class Normed(torch.autograd.Function):
+    """x divided by its L2 norm over some axes, and the norm (with its axes); of zeros 0 and infinity. A function of its
+    own, because for autograd this would be ten small operations where four do."""
+
+    @staticmethod
+    def forward(x: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        # The result does not depend on the size, so dividing by a constant first is exact and keeps squares in range.
+        peak = torch.linalg.vector_norm(x, float("inf"), axes, keepdim=True)
+        peak = peak.masked_fill(peak == 0, float("inf"))
+        scaled = x / peak
+        length = torch.linalg.vector_norm(scaled, 2, axes, keepdim=True).clamp(min=0.5)  # at least 1, or that of zeros
+        return scaled / length, peak * length
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.axes = inputs[1]
+        ctx.save_for_backward(*output)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, of_length: Tensor | None) -> tuple[Tensor | None, None]:
+        unit, length = ctx.saved_tensors
+        dx = None
+        if grad is not None:
+            along = (grad * unit).sum(ctx.axes, keepdim=True)
+            dx = torch.addcmul(grad, unit, along, value=-1) / length
+        if of_length is not None:
+            dx = of_length * unit if dx is None else torch.addcmul(dx, of_length, unit)
+        return dx, None
+
+
 def normed(gram: Tensor, norm: str) -> Tensor:
-    """Rows ("row") or whole matrices ("frobenius") divided by their L2 norm; zeros stay zero, with zero gradient."""
-    axes = (-1,) if norm == "row" else (-2, -1)
-    # The result does not depend on the size, so dividing by a constant first is exact and keeps squares in range.
-    peak = gram.detach().abs().amax(axes, keepdim=True)
-    scaled = gram / torch.where(peak > 0, peak, 1)
-    square = scaled.square().sum(axes, keepdim=True)
-    return torch.where(square > 0, scaled * torch.where(square > 0, square, 1).rsqrt(), 0)
+    """Rows ("row") or whole matrices ("frobenius") divided by their L2 norm; zeros stay zero, with zero gradient. What
+    is not finite gives NaN."""
+    out: Tensor = Normed.apply(gram, (-1,) if norm == "row" else (-2, -1))[0]
+    return out
 
 
 def sum_of_others(gram: Tensor) -> Tensor:
@@ -60,6 +90,33 @@ def fused_matrix(rest: Tensor, ratio: Tensor | None, weight: Tensor | None, fusi
         return added
     assert weight is not None
     return added @ weight[..., None, :, :].transpose(-1, -2)
+
+
+def projected(
+    key: Tensor, matrix: Tensor, grouping: products.Grouping, mapped: Tensor, *, renorm: bool, keep: bool = True
+) -> Tensor:
+    """k' of `key` ``[…, Hkv, D]``: k A of its group's matrix ``[G, Hkv, D, D]``, for the tokens that have a group;
+    others stay as they are (keep) or give 0.
+
+    Args:
+        mapped: bool ``[tokens]``, which tokens have a group.
+        renorm: multiply by ‖k‖ / ‖k'‖.
+    """
+    if not renorm:
+        return products.segment_project(key, matrix, grouping, keep=keep)
+    dtype = compute_dtype(key, matrix)
+    fused = products.segment_project(key, matrix, grouping, out_dtype=dtype)
+    of_token = mapped.view(*key.shape[:-2], 1, 1)
+    # Keys that are not mapped may hold anything.
+    fused = renormed(fused, key.masked_fill(~of_token, 0).to(dtype)).to(key.dtype)
+    return torch.where(of_token, fused, key) if keep else fused
+
+
+def renormed(fused: Tensor, key: Tensor) -> Tensor:
+    """The fused keys with the lengths of the keys; 0 stays 0."""
+    unit, length = Normed.apply(fused, (-1,))[0], Normed.apply(key, (-1,))[1]
+    out: Tensor = unit * length.masked_fill(length.isinf(), 0)
+    return out
 
 
 class KeyMap(abc.ABC):
@@ -117,12 +174,14 @@ class ModalityMap(KeyMap):
         mapped: bool ``[N, M]``, which keys are mapped.
         unit_matrix: B of the released variant, else None; u_t is the normed key.
         layout: of the keys that it was made from.
+        renorm: mapped keys keep their lengths.
     """
 
     matrix: Tensor
     mapped: Tensor
     unit_matrix: Tensor | None
     layout: ModalityLayout
+    renorm: bool = False
 
     @property
     def num_heads(self) -> int:
@@ -135,13 +194,23 @@ class ModalityMap(KeyMap):
     @property
     def foldable(self) -> bool:
         """Linear in the key: q·(k A) = (q Aᵀ)·k, so a backend may fold it into the query."""
-        return self.unit_matrix is None
+        return self.unit_matrix is None and not self.renorm
 
     def align(self, key: Tensor, layout: ModalityLayout) -> Tensor:
         grouping = layout.grouping("modality").only(self.mapped.flatten())
         matrix = self.matrix.flatten(0, 1)
-        unit = None if self.unit_matrix is None else self.unit_matrix.flatten(0, 1)
-        return products.segment_project(key, matrix, grouping, unit_matrix=unit, keep=True)
+        if self.unit_matrix is not None:
+            return products.segment_project(
+                key, matrix, grouping, unit_matrix=self.unit_matrix.flatten(0, 1), keep=True
+            )
+        return projected(key, matrix, grouping, self._mapped_tokens(layout), renorm=self.renorm)
+
+    def _mapped_tokens(self, layout: ModalityLayout) -> Tensor:
+        """bool ``[tokens]``."""
+        group = layout.groups("modality")
+        if self.mapped.numel() == 0:
+            return torch.zeros_like(group, dtype=torch.bool)
+        return (group >= 0) & self.mapped.flatten()[group.clamp(min=0)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -37,6 +37,7 @@ FEATURES = {
         for scope in ("sequence", "causal")
     },
     "frobenius, one aligned": ("key_map_frobenius", "key_map_one"),
+    "keys keep their lengths": ("key_map_renorm",),
     "released weights": ("key_map_released", "packed_released"),
     "fewer queries": ("queries",),
     "packed documents": ("packed",),

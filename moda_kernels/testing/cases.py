@@ -145,7 +145,7 @@ class Case:
             packed: "default" (cu_seqlens_q).
         pseudo: arguments of PseudoAttention; base and decay become tensors [Hq] where they are None.
         bias: "own" ([N, Hq, M, M]) or "shared" ([1, 1, M, M]).
-        fusion, scope, norm, aligned: the aligner's; fusion "released" is the released map.
+        fusion, scope, norm, aligned, renorm: the aligner's; fusion "released" is the released map.
         attn_mask: "bool", "float" (differentiable) or "fixed" (a float mask without gradient). weights: branch weights
             as tensors. value_dim: relative to the head size.
     """
@@ -167,6 +167,7 @@ class Case:
     scope: str = "sequence"
     norm: str = "row"
     aligned: tuple[int, ...] | None = None
+    renorm: bool = False
     attn_mask: str | None = None
     weights: bool = False
     value_dim: float = 1
@@ -298,6 +299,7 @@ class Case:
                 norm=self.norm,
                 scope=self.scope,
                 aligned=self.aligned,
+                renorm=self.renorm,
                 device=tensors["key"].device,
             )
             parameters: dict[str, Tensor] = {name: tensors[name] for name in ("ratio", "weight") if name in tensors}
@@ -378,6 +380,8 @@ CASES: tuple[Case, ...] = (
     Case("key_map_frobenius", fusion="add", norm="frobenius", modalities=3, group=2),
     Case("key_map_frobenius_causal", fusion="concat", norm="frobenius", scope="causal", modalities=3, group=2),
     Case("key_map_one_aligned", fusion="linear", aligned=(1,), duplex="split"),
+    Case("key_map_renorm", fusion="concat", renorm=True, modalities=3, group=2, padding=("right", "middle")),
+    Case("key_map_renorm_causal", fusion="add", scope="causal", renorm=True, longest=6),
     Case("key_map_released", fusion="released", padding=("right", "middle")),
     # Fewer queries than keys
     Case("queries_last", _within, queries="default", padding=("left", "none"), group=2),

@@ -224,6 +224,14 @@ class History:
                 self._layouts[key] = self._segmented(told[:, :, begin:end], None)
         return self._layouts[key]
 
+    def of_part(self, x: Tensor, begin: int, end: int) -> Tensor:
+        """What stands for each token, ``[tokens]``, of the tokens of a part."""
+        if (begin, end) == (0, self.length):
+            return x
+        if self.bounds is not None and self.new_bounds is not None:
+            return x[merged(self.new_bounds, self.bounds, 1)]
+        return x.view(-1, self.length)[:, begin:end].flatten()
+
     def _told(self) -> Tensor:
         if self.told is None:
             raise checks.wrong_value("state", "tokens (call state.append(modality_ids) first)", "an empty DecodeState")

@@ -1,5 +1,6 @@
 """`LayerState`, what one attention layer remembers: Gram sums and, with the causal scope, aligned keys."""
 
+import dataclasses
 from collections import deque
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from moda_kernels import products
 from moda_kernels.alignment.memory.documents import merged, scattered
 from moda_kernels.alignment.memory.history import History, Moved
+from moda_kernels.alignment.pieces import Pieces, mapped_tokens, pieces_of
 from moda_kernels.runtime import checks
 from moda_kernels.tokens.layout import ModalityLayout
 
@@ -79,6 +81,15 @@ class LayerState:
                 f"a cache that holds only tokens from {gone} on",
             )
         return cached[:, :, begin - gone : end - gone].transpose(1, 2).flatten(0, 1), part
+
+    def pieces(self, part: ModalityLayout, begin: int, end: int, aligned: tuple[int, ...]) -> Pieces:
+        """The pieces of tokens begin…end-1, whose layout this is, after those that are summed already."""
+
+        def make() -> Pieces:
+            whole = mapped_tokens(self.history.layout(), aligned)
+            return dataclasses.replace(pieces_of(part, aligned), mapped=self.history.of_part(whole, begin, end))
+
+        return part.remember(("pieces after", aligned), make)
 
     def add(self, x: Tensor, y: Tensor, group: Tensor, groups: int, end: int) -> Tensor:
         """Σ x_tᵀ y_t ``[N, G, H, D, E]`` so far, with new tokens ``[tokens, H, D]``; group int64 ``[tokens]``:

@@ -30,6 +30,7 @@ def enable(
     *,
     fusion: str = "add",
     scope: str = "causal",
+    renorm: bool = False,
     mask: ModularMask | None = None,
     pseudo: PseudoAttention | None = None,
     layers: Iterable[int] | None = None,
@@ -53,8 +54,8 @@ def enable(
 
     Args:
         model: a `PreTrainedModel` (or a PEFT model around one), on any device.
-        fusion, scope: as in :class:`moda_kernels.DuplexAligner`; "released" with ``scope="sequence"`` is the authors'
-            variant (see :func:`load_released`).
+        fusion, scope, renorm: as in :class:`moda_kernels.DuplexAligner`; "released" with ``scope="sequence"`` is the
+            authors' variant (see :func:`load_released`).
         mask: who sees whom. Default: what the model itself uses: causal, in Gemma 3 images see themselves whole. A
             layer's sliding window is added to it.
         pseudo: pseudo-attention for the layers with aligners. Its tensors are not saved with the model.
@@ -77,6 +78,8 @@ def enable(
     if fusion == "released" and scope != "sequence":
         raise checks.wrong_value("scope", "'sequence' with fusion='released'", scope)
     checks.choice("fusion", fusion, (*FUSIONS, "released"))
+    if fusion == "released" and renorm:
+        raise checks.wrong_value("renorm", "False with fusion='released'", renorm)
     text, outer = _text_model(base)
     attentions = _attention_layers(text)
     if hasattr(text, MODEL):
@@ -93,9 +96,10 @@ def enable(
         raise checks.wrong_type("pseudo", "a PseudoAttention", pseudo)
     chosen = _chosen(layers, attentions)
     saved = {"fusion": fusion, "scope": scope, "num_modalities": m, "layers": sorted(chosen)}
+    saved |= {"renorm": renorm} if renorm else {}
     known = getattr(base.config, CONFIG, None)
     if known is not None and known != saved:
-        different = [f"{name}={known.get(name)!r}" for name in saved if known.get(name) != saved[name]]
+        different = [f"{name}={known.get(name)!r}" for name in saved | known if known.get(name) != saved.get(name)]
         raise ValueError(
             f"enable: expected the options that the model was saved with ({', '.join(different)}), got others "
             f"(to start afresh: del model.config.{CONFIG})"
@@ -110,7 +114,7 @@ def enable(
         if fusion == "released":
             aligners[index] = layers_.ReleasedAligner(module.head_dim, **options)
         else:
-            aligners[index] = DuplexAligner(module.head_dim, m, fusion=fusion, scope=scope, **options)
+            aligners[index] = DuplexAligner(module.head_dim, m, fusion=fusion, scope=scope, renorm=renorm, **options)
         if parameters is not None:
             _fill(aligners[index], index, parameters)
 
