@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moda_kernels import __main__ as command_line
 from moda_kernels import backends, reference, testing
+from moda_kernels.backends.cpu import rectangles
 from moda_kernels.call import AttentionCall
 from moda_kernels.commands import verify
 
@@ -99,6 +100,38 @@ def test_the_cpu_backend_is_right_in_every_feature(capsys: pytest.CaptureFixture
     assert all(feature in printed for feature in verify.FEATURES) and "not run" not in printed
 
 
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda out, lse: (out * (1 + 2e-5), lse),
+        lambda out, lse: (out, lse * (1 + 2e-5)),
+        lambda dq, dk, dv: (dq, dk * (1 + 4e-5), dv),
+        lambda dq, dk, dv: (dq, dk, dv * (1 - 4e-5)),
+    ],
+    ids=["out", "lse", "d key", "d value"],
+)
+def test_a_fault_around_the_kernel_is_found(
+    fault: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Torch's kernel is a yardstick, so what is done with its results must not hide behind its error."""
+    name = "_forward" if fault.__code__.co_argcount == 2 else "_backward"
+    kernel = getattr(rectangles, name)
+    monkeypatch.setattr(rectangles, name, lambda *args, **kwargs: fault(*kernel(*args, **kwargs)))
+    assert command_line.main([*QUICK, "--backends", "cpu", "--features", "masks;value size, scale;split"]) == 1
+    printed = capsys.readouterr().out
+    assert "WRONG, value size, scale on cpu cpu float32: joint_scale" in printed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_kernels_own_error_is_small_and_0_is_no_measure(dtype: torch.dtype) -> None:
+    for case in testing.CASES:
+        errors = testing.sdpa_errors(case, dtype)
+        assert all(error <= 64 * torch.finfo(dtype).eps for error in errors.values()), (case, errors)
+    (alone,) = [case for case in testing.CASES if case.name == "joint_length_one"]
+    assert set(testing.sdpa_errors(alone, dtype)) == {"out", "d value"}
+    assert testing.sdpa_errors(alone, torch.float64) == {}
+
+
 def test_every_case_belongs_to_a_feature_and_every_feature_has_cases() -> None:
     cases = [case for feature in verify.FEATURES for case in verify.cases_of(feature)]
     assert sorted(case.name for case in cases) == sorted(case.name for case in testing.CASES)
@@ -113,8 +146,8 @@ def test_features_are_named_with_commas_and_all() -> None:
 
 def test_scores_keep_their_size_with_the_head_size(monkeypatch: pytest.MonkeyPatch) -> None:
     scales = []
-    run = testing.run
-    monkeypatch.setattr(testing, "run", lambda case, *a, **k: scales.append(case.scale) or run(case, *a, **k))
+    judge = testing.judge
+    monkeypatch.setattr(testing, "judge", lambda case, *a, **k: scales.append(case.scale) or judge(case, *a, **k))
     (case,) = [case for case in testing.CASES if case.name == "joint_scale"]
     verify._judge(verify.Outcome(), case, ("cpu", "cpu", "float32"), (20, 64), 0)
     assert set(scales) == {0.35}

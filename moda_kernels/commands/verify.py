@@ -2,8 +2,9 @@
 
 Every feature (masks, split softmax, pseudo scores, biases, each fusion and scope of the alignment, packed documents, …)
 is run forward and backward on each backend and device that is here, in several dtypes, and judged as the tests do:
-against float64 on the same rounded inputs, the error may be twice that of the same maths in eager PyTorch. Prints each
-feature's largest error as a share of what is allowed; the exit code is 0 only if nothing is over it.
+against float64 on the same rounded inputs, the error may be twice that of the same maths in eager PyTorch, or of
+torch's own SDPA where that is larger (the cpu backend is made of it, and its error isn't ours). Prints each feature's
+largest error as a share of what is allowed; the exit code is 0 only if nothing is over it.
 """
 
 import argparse
@@ -51,7 +52,8 @@ SIZES = {"cpu": ((63, 16), (200, 64)), "cuda": ((63, 64), (257, 128), (1000, 128
 #: Triton's interpreter is three orders of magnitude slower, and wrong in bfloat16.
 INTERPRETED = ((40, 16),)
 EXPLANATION = """The largest error of outputs, lse and all gradients as a share of what is allowed: below 1 is right.
-Allowed is twice the error of the same maths in eager PyTorch in that dtype, both against float64 on the same inputs."""
+Allowed is twice the error of the same maths in eager PyTorch in that dtype (or of torch's own SDPA, where that is
+larger; it is what the cpu backend is made of), both against float64 on the same inputs."""
 
 
 @dataclass
@@ -195,9 +197,7 @@ def _judge(
     options: dict[str, Any] = {"device": device, "seed": seed, "length": size[0], "head_dim": size[1]}
     name = f"{case.name}, {size[0]} tokens, D = {size[1]}"
     try:
-        result = testing.run(case, dtype, backend, **options)
-        exact = testing.oracle(case, dtype, **options)
-        compared = testing.compare(result, exact, testing.eager(case, dtype, **options), dtype)
+        compared = testing.judge(case, dtype, backend, **options)
     except NotImplementedError as error:
         outcome.refused[str(error).partition("can't run this call: ")[2] or str(error)] = None
         return

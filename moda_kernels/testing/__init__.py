@@ -14,9 +14,9 @@ from moda_kernels.testing.cases import (
     random_layout,
     random_mask,
 )
-from moda_kernels.testing.oracle import Comparison, check, compare, eager, oracle, run
+from moda_kernels.testing.oracle import Comparison, check, compare, eager, judge, oracle, run, sdpa_errors
 
 __all__ = [
-    "CASES", "PADDING", "Case", "Comparison", "Inputs", "Result", "check", "compare", "eager", "generator", "oracle",
-    "random_ids", "random_layout", "random_mask", "run",
+    "CASES", "PADDING", "Case", "Comparison", "Inputs", "Result", "check", "compare", "eager", "generator", "judge",
+    "oracle", "random_ids", "random_layout", "random_mask", "run", "sdpa_errors",
 ]  # fmt: skip
