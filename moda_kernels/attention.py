@@ -1,6 +1,6 @@
 """`moda_attention`: MODA attention behind the signature of torch's scaled_dot_product_attention."""
 
-from typing import Literal, overload
+from typing import Literal, TypedDict, Unpack, overload
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +16,22 @@ from moda_kernels.tokens.pseudo import PseudoAttention
 Weight = float | Tensor
 
 
+class ModalArguments(TypedDict, total=False):
+    """The keyword-only arguments of :func:`moda_attention`, but ``return_lse``."""
+
+    layout: ModalityLayout | Tensor | None
+    mask: ModularMask | None
+    key_map: KeyMap | None
+    pair_bias: Tensor | None
+    pseudo: PseudoAttention | None
+    duplex: str
+    branch_weights: tuple[Weight, Weight] | None
+    query_start: int | Tensor | None
+    cu_seqlens_q: Tensor | None
+    state: DecodeState | LayerState | None
+    backend: str | None
+
+
 @overload
 def moda_attention(
     query: Tensor,
@@ -27,18 +43,8 @@ def moda_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
-    layout: ModalityLayout | Tensor | None = None,
-    mask: ModularMask | None = None,
-    key_map: KeyMap | None = None,
-    pair_bias: Tensor | None = None,
-    pseudo: PseudoAttention | None = None,
-    duplex: str = "joint",
-    branch_weights: tuple[Weight, Weight] | None = None,
-    query_start: int | Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    state: DecodeState | LayerState | None = None,
     return_lse: Literal[False] = False,
-    backend: str | None = None,
+    **modal: Unpack[ModalArguments],
 ) -> Tensor: ...
 
 
@@ -53,18 +59,8 @@ def moda_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
-    layout: ModalityLayout | Tensor | None = None,
-    mask: ModularMask | None = None,
-    key_map: KeyMap | None = None,
-    pair_bias: Tensor | None = None,
-    pseudo: PseudoAttention | None = None,
-    duplex: str = "joint",
-    branch_weights: tuple[Weight, Weight] | None = None,
-    query_start: int | Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    state: DecodeState | LayerState | None = None,
     return_lse: Literal[True],
-    backend: str | None = None,
+    **modal: Unpack[ModalArguments],
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -112,7 +108,8 @@ def moda_attention(
         scale: τ⁻¹. Default: 1/√D.
         enable_gqa: True where Hq and Hkv differ.
         layout: the keys' :class:`ModalityLayout`, or modality ids ``[B, L]`` (segmented by the call).
-        mask: who sees whom (Eq. 7-8). Default: full, or causal with ``is_causal``.
+        mask: who sees whom (Eq. 7-8), a rule for each pair of the layout's roles. Default: full, or causal with
+            ``is_causal``.
         key_map: from a :class:`DuplexAligner` (Eq. 5-6) or :func:`released_key_map`, made for these keys.
         pair_bias: float ``[N or 1, Hq or 1, M, M]``: added to the scores of (query modality, key modality).
         pseudo: pseudo-attention scores (Eq. 9-10).

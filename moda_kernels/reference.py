@@ -19,7 +19,8 @@ from moda_kernels.alignment.memory import DecodeState, LayerState, layer_of
 from moda_kernels.call import AttentionCall
 from moda_kernels.products.twin import compute_dtype
 from moda_kernels.runtime import checks
-from moda_kernels.tokens.layout import ModalityLayout
+from moda_kernels.tokens.layout import ModalityLayout, QueryRows
+from moda_kernels.tokens.mask import ModularMask, Visibility
 from moda_kernels.tokens.segments import as_layout
 
 __all__ = [
@@ -337,7 +338,7 @@ def _attend(call: AttentionCall) -> tuple[Tensor, Tensor]:
         else:
             score = score + call.attn_mask.to(dtype)
 
-    visible = rows(mask.visible_to(layout, queries))
+    visible = rows(_visible(layout, queries, mask))
     counts = rows(layout.counts[queries.of(layout.sequence, 0).long()]) if layout.num_sequences else None
     tokens = visible.sum(-1) if counts is None else counts.sum(-1)
 
@@ -361,6 +362,34 @@ def _attend(call: AttentionCall) -> tuple[Tensor, Tensor]:
         lse = torch.stack((lse_self, lse_cross), -1)
     out = out.to(call.query.dtype)
     return (out[0].transpose(0, 1), lse[0]) if layout.packed else (out, lse)
+
+
+def _visible(layout: ModalityLayout, queries: QueryRows, mask: ModularMask) -> Tensor:
+    """Who sees whom, every pair by the definition: bool ``[B, Lq, L]``, packed ``[Tq, T]``."""
+
+    def of(fact: Tensor) -> tuple[Tensor, Tensor]:
+        return queries.of(fact)[..., :, None], fact[..., None, :]
+
+    (modality_i, modality_j), (role_i, role_j) = of(layout.modality), of(layout.role)
+    (p_i, p_j), (segment_i, segment_j) = of(layout.position), of(layout.segment)
+    (step_i, step_j), (chunk_i, chunk_j) = of(layout.step), of(layout.chunk)
+    sequence_i, sequence_j = of(layout.sequence)
+    # Role -1 is padding, which sees nothing and is not seen.
+    rule = mask.rule_table(layout.device)[role_i.clamp(min=0).long(), role_j.clamp(min=0).long()]
+    anywhere = torch.ones_like(p_i >= p_j)
+    near = anywhere if mask.window is None else p_i - p_j < mask.window
+    past = (p_j <= p_i) & near
+    allowed = (
+        ((rule & Visibility.PAST) > 0) & past
+        | ((rule & Visibility.SEGMENT) > 0) & (segment_j == segment_i)
+        | ((rule & Visibility.BEFORE) > 0) & (step_j < step_i)
+        | ((rule & Visibility.UPTO) > 0) & (step_j <= step_i)
+        | ((rule & Visibility.CHUNK) > 0) & (chunk_j == chunk_i) & (chunk_i >= 0) & past
+        | ((rule & Visibility.ALL) > 0)
+    )
+    if mask.window_on == "all":
+        allowed = allowed & near
+    return allowed & (sequence_i == sequence_j) & (modality_i >= 0) & (modality_j >= 0)
 
 
 def _softmax(score: Tensor, value: Tensor, extra: Tensor | None) -> tuple[Tensor, Tensor]:

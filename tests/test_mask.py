@@ -80,6 +80,51 @@ def test_visible_of_a_worked_example() -> None:
     ]
 
 
+def test_a_mask_prints_itself() -> None:
+    V = mk.Visibility
+    mask = M([[V.SEGMENT, V.BEFORE], [V.HIDDEN, V.UPTO | V.PAST]], window=9, window_on="all")
+    assert str(mask).splitlines() == [
+        "ModularMask: query role × key role, a window of 9 on all",
+        "   0        1",
+        "0  SEGMENT  BEFORE",
+        "1  -        PAST|UPTO",
+    ]
+    assert str(M.causal(1)).splitlines() == ["ModularMask: query role × key role", "   0", "0  PAST"]
+
+
+def test_show() -> None:
+    layout = mk.segment_modalities(
+        torch.tensor([[0, 0, 0, 0], [0, 0, -1, 1]]),
+        roles=torch.tensor([[0, 0, 0, 0], [1, 1, 0, 0]]),
+        steps=torch.tensor([[0, 0, 0, 0], [0, 7, 0, 9]]),
+        chunks=torch.tensor([[-1, -1, -1, -1], [-1, 4, 4, 4]]),
+    )
+    mask = M([[S, 8], [H, 16]])
+    assert mask.show(layout, 1).splitlines() == [
+        "modality  0 0   1",
+        "role      1 1   0",
+        "step      0 1   2",
+        "chunk     - 0   0",
+        "       1  ■ ·   ·",
+        "       1  ■ ■   ·",
+        "",
+        "       0  ■ ■   ■",
+    ]
+    packed = mk.segment_modalities(torch.tensor([1, 0, 0, 0, 1, 1]), cu_seqlens=torch.tensor([0, 1, 6]))
+    assert M.causal(2).show(packed, 1, width=3).splitlines() == [
+        "modality  0 * 1",
+        "       0  □ · ·",
+        "       *  ■ □ ·",
+        "       1  ■ ■ ■",
+        "(2 tokens a mark: ■ all, □ some, · none)",
+    ]
+    for bad in (2, -1):
+        with pytest.raises(ValueError, match=rf"sequence: expected an int from 0 to 1, got {bad}"):
+            mask.show(layout, bad)
+    with pytest.raises(ValueError, match="mask: expected 2 x 2 rules"):
+        M.causal(3).show(layout)
+
+
 # Loops
 
 
@@ -113,8 +158,8 @@ def random_queries(layout: mk.ModalityLayout, g: torch.Generator) -> dict[str, A
 @pytest.mark.parametrize("seed", range(150))
 def test_visible_and_counts_against_loops(seed: int) -> None:
     g = generator(seed)
-    layout = random_layout(g, most=20)
-    mask = random_mask(g, layout.num_modalities)
+    layout = random_layout(g, most=20, plain=True)
+    mask = random_mask(g, layout.num_modalities, plain=True)
     queries = layout.queries(**random_queries(layout, g))
     expected = visible_by_hand(layout, mask, queries.columns)
     seen = mask.visible_to(layout, queries)
@@ -169,12 +214,12 @@ def flex(q: Tensor, k: Tensor, v: Tensor, block_mask: Any) -> Tensor:
 def test_attention_agrees_with_flex_and_sdpa(seed: int, dtype: torch.dtype) -> None:
     g = generator(seed)
     packed = seed % 3 == 0
-    layout = random_layout(g, most=63, packed=packed)
+    layout = random_layout(g, most=63, packed=packed, plain=True)
     while layout.num_tokens == 0:
-        layout = random_layout(g, most=63, packed=packed)
+        layout = random_layout(g, most=63, packed=packed, plain=True)
     m = layout.num_modalities
     presets = [M.causal(m), M.full(m), M.bidirectional_within(m, [m - 1]), M.fusion(m, [0], causal=True)]
-    mask = random_mask(g, m) if seed % 2 else presets[seed // 2 % 4]
+    mask = random_mask(g, m, plain=True) if seed % 2 else presets[seed // 2 % 4]
     rows = where = {}
     keys = layout.modality.shape[-1]
     if not packed and seed % 4 < 2:  # fewer queries

@@ -7,7 +7,7 @@ rows, written here from the specification and from nothing else. Gradients are a
 import math
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from moda_kernels.testing import CASES, Case, Inputs
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BY_NAME = {case.name: case for case in CASES}
-PAST, SEGMENT, ALL = 1, 2, 4
+V = mk.Visibility
 
 
 def by_name(case: Case) -> str:
@@ -29,19 +29,31 @@ def by_name(case: Case) -> str:
 # The second oracle
 
 
-def slow_facts(layout: mk.ModalityLayout) -> list[tuple[int, int, int, int]]:
-    """(sequence, modality, position, segment) of every token, from the modality ids and sequence bounds alone."""
-    ids, bounds = layout.modality.flatten().tolist(), layout.cu_seqlens.tolist()
+class Fact(NamedTuple):
+    sequence: int
+    modality: int
+    position: int
+    segment: int
+    role: int
+    step: int
+    chunk: int
+
+
+def slow_facts(layout: mk.ModalityLayout) -> list[Fact]:
+    """Facts of every token: position and segment from ids and sequence bounds alone, the others as they were given."""
+    given = (layout.modality, layout.role, layout.step, layout.chunk)
+    ids, bounds = list(zip(*(x.flatten().tolist() for x in given), strict=True)), layout.cu_seqlens.tolist()
     facts, segment = [], -1
     for n, (begin, end) in enumerate(pairwise(bounds)):
         position, before = -1, None
         for t in range(begin, end):
-            if ids[t] == -1:
-                facts.append((n, -1, -1, -1))
+            modality, role, step, chunk = ids[t]
+            if modality == -1:
+                facts.append(Fact(n, -1, -1, -1, -1, 0, -1))
             else:
-                position, segment = position + 1, segment + (ids[t] != before)
-                facts.append((n, ids[t], position, segment))
-            before = ids[t]
+                position, segment = position + 1, segment + ((modality, role) != before)
+                facts.append(Fact(n, modality, position, segment, role, step, chunk))
+            before = (modality, role)
     return facts
 
 
@@ -67,10 +79,10 @@ def slow_attention(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) -
     rows = q.shape[0] if layout.packed else q.shape[2]
     columns = slow_columns(layout, arguments, rows)
     keys = layout.modality.shape[-1]
-    m = layout.num_modalities
     mask = arguments.get("mask")
-    rules = [[PAST if arguments.get("is_causal") else ALL] * m] * m if mask is None else mask.rules
-    window = math.inf if mask is None or mask.window is None else mask.window
+    if mask is None:
+        mask = (mk.ModularMask.causal if arguments.get("is_causal") else mk.ModularMask.full)(layout.num_roles)
+    window = math.inf if mask.window is None else mask.window
     heads, key_heads = q.shape[1], k.shape[1]
     scale = q.shape[-1] ** -0.5 if arguments.get("scale") is None else arguments["scale"]
     split = arguments.get("duplex") == "split"
@@ -79,12 +91,21 @@ def slow_attention(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) -
     if extra is not None:
         extra = extra.expand(q.shape[0], heads, rows, keys)
 
-    def sees(i: tuple[int, ...], j: tuple[int, ...]) -> bool:
-        if i[0] != j[0] or -1 in (i[1], j[1]):
+    def sees(i: Fact, j: Fact) -> bool:
+        if i.sequence != j.sequence or -1 in (i.modality, j.modality):
             return False
-        rule = rules[i[1]][j[1]]
-        past = rule & PAST and j[2] <= i[2] and i[2] - j[2] < window
-        return bool(past or (rule & SEGMENT and i[3] == j[3]) or rule & ALL)
+        rule = mask.rules[i.role][j.role]
+        near = i.position - j.position < window
+        past = j.position <= i.position and near
+        allowed = [
+            rule & V.PAST and past,
+            rule & V.SEGMENT and i.segment == j.segment,
+            rule & V.BEFORE and j.step < i.step,
+            rule & V.UPTO and j.step <= i.step,
+            rule & V.CHUNK and i.chunk == j.chunk != -1 and past,
+            rule & V.ALL,
+        ]
+        return any(allowed) and (near or mask.window_on == "past")
 
     def pseudo_scores(h: int, total: int, seen: int) -> Tensor | None:
         base, decay = (p[h] if isinstance(p, Tensor) else torch.tensor(p).to(q) for p in (pseudo.base, pseudo.decay))

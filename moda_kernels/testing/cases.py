@@ -63,14 +63,36 @@ def random_ids(
     return ids
 
 
+def _runs(low: int, high: int, count: int, longest: int, g: torch.Generator) -> Tensor:
+    """Numbers ``[count]`` from low to high - 1, in runs of up to ``longest``."""
+    values = torch.randint(low, high, (count,), generator=g)
+    return values.repeat_interleave(torch.randint(1, longest + 1, (count,), generator=g))[:count]
+
+
+def random_steps(kinds: Tensor, g: torch.Generator, most: int = 5) -> Tensor:
+    """Steps, of the shape of ``kinds``, that rise from 0 to ``most`` among the tokens of each kind."""
+    flat = kinds.flatten()
+    steps = torch.randint(most + 1, flat.shape, generator=g)
+    for kind in flat.unique():
+        steps[flat == kind] = steps[flat == kind].sort().values
+    return steps.view(kinds.shape)
+
+
 def random_layout(
-    g: torch.Generator, *, num_modalities: int | None = None, packed: bool | None = None, most: int = 40
+    g: torch.Generator,
+    *,
+    num_modalities: int | None = None,
+    packed: bool | None = None,
+    most: int = 40,
+    plain: bool = False,
 ) -> ModalityLayout:
-    """A layout of any kind: batch or packed, no or all padding, long or short segments, empty sequences, no sequences.
+    """A layout of any kind: batch or packed, no or all padding, long or short segments, empty sequences, no sequences;
+    with roles, steps and chunks or without.
 
     Args:
         num_modalities, packed: default: drawn too.
         most: upper bound of a sequence's length.
+        plain: no roles, steps or chunks.
     """
     m = int(torch.randint(1, 4, (), generator=g)) if num_modalities is None else num_modalities
     packed = _choose((False, True), g) if packed is None else packed
@@ -82,25 +104,43 @@ def random_layout(
         random_ids(n, m, g, longest=_choose((1, 3, 16), g), padding=_choose(PADDING, g)) if n else torch.zeros(0).long()
         for n in lengths
     ]
-    items = None
     flat = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.long)
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+    shape = (flat.numel(),) if packed else (sequences, lengths[0] if lengths else 0)
+    given: dict[str, Any] = {}
+    num_roles = None
     if _choose((False, True), g):
-        items = torch.randint(2, flat.shape, generator=g).repeat_interleave(3)[: flat.numel()]
-    if packed:
-        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
-        return segment_modalities(flat, num_modalities=m, cu_seqlens=cu_seqlens, item_ids=items)
-    shape = (sequences, lengths[0] if lengths else 0)
-    items = None if items is None else items.view(shape)
-    return segment_modalities(flat.view(shape), num_modalities=m, item_ids=items)
+        given["item_ids"] = torch.randint(2, flat.shape, generator=g).repeat_interleave(3)[: flat.numel()]
+    if not plain and _choose((False, True), g):
+        num_roles = _choose((1, 2, 3), g)
+        given["roles"] = _runs(0, num_roles, flat.numel(), 5, g)
+    if not plain and _choose((False, True), g):
+        sequence = torch.searchsorted(bounds[1:], torch.arange(flat.numel()).int(), right=True)
+        given["steps"] = random_steps(sequence * 8 + given.get("roles", flat.clamp(min=0)), g)
+    if not plain and _choose((False, True), g):
+        given["chunks"] = _runs(-1, 3, flat.numel(), 9, g)
+    return segment_modalities(
+        flat.view(shape),
+        num_modalities=m,
+        num_roles=num_roles,
+        cu_seqlens=bounds if packed else None,
+        **{name: fact.view(shape) for name, fact in given.items()},
+    )
 
 
-def random_mask(g: torch.Generator, num_modalities: int, window: bool = True) -> ModularMask:
-    """A mask of any rules, in half the cases (if ``window``) with a window."""
-    every = int(Visibility.PAST | Visibility.SEGMENT | Visibility.ALL)
+def random_mask(g: torch.Generator, num_roles: int, window: bool = True, plain: bool = False) -> ModularMask:
+    """A mask of any rules, in half the cases (if ``window``) with a window, of one kind or the other.
+
+    Args:
+        plain: of PAST, SEGMENT and ALL alone, and the window on PAST.
+    """
     usual = (Visibility.HIDDEN, Visibility.PAST, Visibility.SEGMENT, Visibility.PAST | Visibility.SEGMENT)
-    options = _choose((usual, tuple(map(Visibility, range(every + 1)))), g)
-    rules = tuple(tuple(_choose(options, g) for _ in range(num_modalities)) for _ in range(num_modalities))
-    return ModularMask(rules, _choose((None, 1, 3, 10), g) if window else None)
+    of_steps = (Visibility.BEFORE, Visibility.UPTO, Visibility.CHUNK | Visibility.BEFORE, Visibility.UPTO)
+    every = tuple(map(Visibility, range(8 if plain else 64)))
+    options = _choose((usual, every) if plain else (usual, usual[:3] + of_steps, every), g)
+    rules = tuple(tuple(_choose(options, g) for _ in range(num_roles)) for _ in range(num_roles))
+    size = _choose((None, 1, 3, 10), g) if window else None
+    return ModularMask(rules, size, "all" if size and not plain and _choose((False, True), g) else "past")
 
 
 # Cases
@@ -138,8 +178,9 @@ class Case:
 
     Attributes:
         name: of the case.
-        mask: from the number of modalities to a mask. None: no mask argument.
+        mask: from the number of roles to a mask. None: no mask argument.
         packed: packed documents of several lengths in place of a batch. padding, longest: as in `random_ids`.
+        roles: R, roles that cut across the modalities; None: the modalities. steps, chunks: whether tokens have any.
         modalities, key_heads, group: M, Hkv, and query heads per key head.
         queries: fewer queries: None (as many as keys), "default" (the last columns), "int" or "tensor" (query_start);
             packed: "default" (cu_seqlens_q).
@@ -156,6 +197,9 @@ class Case:
     padding: tuple[str, ...] = ("right", "none")
     longest: int = 16
     modalities: int = 2
+    roles: int | None = None
+    steps: bool = False
+    chunks: bool = False
     key_heads: int = 2
     group: int = 1
     length: int | None = None
@@ -189,10 +233,20 @@ class Case:
             random_ids(n, self.modalities, g, longest=self.longest, padding=p)
             for n, p in zip(lengths, paddings, strict=False)
         ]
-        if self.packed:
-            cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
-            return segment_modalities(torch.cat(rows), num_modalities=self.modalities, cu_seqlens=cu_seqlens)
-        return segment_modalities(torch.stack(rows), num_modalities=self.modalities)
+        ids = torch.cat(rows) if self.packed else torch.stack(rows)
+        given: dict[str, Any] = {}
+        kinds = ids.clamp(min=0)
+        if self.roles is not None:
+            kinds = given["roles"] = _runs(0, self.roles, ids.numel(), self.longest, g).view(ids.shape)
+        if self.steps:
+            sequence = torch.arange(len(rows)).repeat_interleave(torch.tensor(lengths)).view(ids.shape)
+            given["steps"] = random_steps(sequence * 8 + kinds, g)
+        if self.chunks:
+            given["chunks"] = _runs(-1, 3, ids.numel(), 2 * self.longest, g).view(ids.shape)
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int() if self.packed else None
+        return segment_modalities(
+            ids, num_modalities=self.modalities, num_roles=self.roles, cu_seqlens=cu_seqlens, **given
+        )
 
     def build(
         self,
@@ -226,7 +280,7 @@ class Case:
         ):
             tensors[name] = normal(count, h, d) if layout.packed else normal(n, h, count, d)
         if self.mask is not None:
-            arguments["mask"] = self.mask(m)
+            arguments["mask"] = self.mask(self.roles or m)
         if self.is_causal:
             arguments["is_causal"] = True
         if self.attn_mask == "float":
@@ -321,6 +375,23 @@ def _windowed(m: int) -> ModularMask:
     return ModularMask(_within(m).rules, window=5)
 
 
+def _stepped(r: int) -> ModularMask:
+    """Rules of steps and chunks, whose prefixes stand apart from what is at the row."""
+    v = Visibility
+    kinds = (v.UPTO, v.CHUNK | v.BEFORE, v.SEGMENT | v.BEFORE, v.PAST | v.UPTO, v.CHUNK)
+    return ModularMask(tuple(tuple(kinds[(a + 2 * b) % len(kinds)] for b in range(r)) for a in range(r)), window=6)
+
+
+def _clipped(r: int) -> ModularMask:
+    return ModularMask(_stepped(r).rules, 11, "all")
+
+
+def _diffusion(r: int) -> ModularMask:
+    """Noised and clean copies, in blocks."""
+    v = Visibility
+    return ModularMask(((v.SEGMENT, v.BEFORE), (v.HIDDEN, v.UPTO)))
+
+
 def _pseudo(length: int | float | None = None, **fixed: float) -> dict[str, Any]:
     return {"length": length, **fixed}
 
@@ -355,6 +426,16 @@ CASES: tuple[Case, ...] = (
     Case("joint_scale", scale=0.7),
     Case("joint_value_size", _within, value_dim=2),
     Case("joint_gqa", _within, key_heads=2, group=3),
+    # Roles, steps, chunks, a window on everything
+    Case("roles", _within, roles=2, modalities=3, padding=("middle", "none"), longest=6),
+    Case("steps", _stepped, steps=True, chunks=True, padding=("left", "middle", "none"), modalities=3, longest=5),
+    Case("steps_diffusion", _diffusion, roles=2, steps=True, modalities=1, longest=9, group=2),
+    Case("steps_roles_split", _stepped, roles=3, steps=True, chunks=True, duplex="split", pseudo=_pseudo(), bias="own"),
+    Case("steps_packed", _clipped, packed=True, roles=3, steps=True, chunks=True, queries="default", longest=6),
+    Case("chunks", lambda m: ModularMask(((Visibility.CHUNK,) * m,) * m), chunks=True, pseudo=_pseudo(20)),
+    Case("window_on_all", _clipped, steps=True, chunks=True, queries="tensor", longest=9, padding=("none", "middle")),
+    Case("window_on_all_within", lambda m: ModularMask(_within(m).rules, 4, "all"), longest=12),
+    Case("roles_key_map", _stepped, roles=2, steps=True, chunks=True, fusion="linear", scope="causal", longest=5),
     # Split
     Case("split_full", ModularMask.full, duplex="split"),
     Case("split_causal", duplex="split", padding=("left", "middle"), modalities=3),

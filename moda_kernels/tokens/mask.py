@@ -14,6 +14,7 @@ from torch import Tensor
 from moda_kernels.runtime import checks
 from moda_kernels.tokens.intervals import Visibility, count_keys, mask_intervals, visible_keys
 from moda_kernels.tokens.layout import ModalityLayout, QueryRows
+from moda_kernels.tokens.show import picture, rule_table
 
 __all__ = ["ModularMask", "Visibility", "visible_pair"]
 
@@ -113,6 +114,21 @@ class ModularMask:
     def rule_table(self, device: torch.device) -> Tensor:
         """The rules as an int32 tensor ``[R, R]``."""
         return torch.tensor(self.rules, dtype=torch.int32, device=device)
+
+    def __str__(self) -> str:
+        return rule_table(self)
+
+    def show(self, layout: ModalityLayout, sequence: int = 0, width: int = 40) -> str:
+        """A small picture in text of who sees whom in one sequence: a line for each query, a mark for each key.
+
+        Args:
+            sequence: which row of the batch, or document.
+            width: of longer sequences, several tokens share a mark.
+
+        Raises:
+            ValueError: the layout has another number of roles, or no such sequence.
+        """
+        return picture(self, layout, sequence, width)
 
     def check_layout(self, layout: ModalityLayout) -> None:
         """Raise a ValueError where the layout has another number of roles."""
