@@ -20,11 +20,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m moda_kernels", description="MODA attention for PyTorch.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    made: dict[str, argparse.ArgumentParser] = {}
     for name, (module, summary) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=module.__doc__)
         module.add_arguments(command)
         command.set_defaults(run=module.run)
-    parsed = parser.parse_args(arguments)
+        made[name] = command
+    parsed, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        command = made[parsed.command]
+        known = (action.option_strings[-1] for action in command._actions if action.option_strings)
+        command.error(f"expected options of {parsed.command} ({', '.join(known)}), got {' '.join(unknown)}")
     return int(parsed.run(parsed))
 
 

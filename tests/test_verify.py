@@ -1,6 +1,7 @@
 """`python -m moda_kernels verify`: finds what is wrong, says so in its exit code, covers what the parity suite does."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,16 @@ def test_scores_keep_their_size_with_the_head_size(monkeypatch: pytest.MonkeyPat
 def test_unknown_names_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert command_line.main(["verify", option, "no such thing"]) == 2
     assert f"{option}: expected names of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["verify", "--foo", "3"], ["--foo=3", "verify"]])
+def test_unknown_options_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        command_line.main(arguments)
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert "usage: python -m moda_kernels verify" in said
+    assert "expected options of verify (--help, --backends," in said and re.search(r"got --foo[ =]3$", said.rstrip())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
