@@ -14,9 +14,20 @@ from moda_kernels.testing.cases import (
     random_layout,
     random_mask,
 )
-from moda_kernels.testing.oracle import Comparison, check, compare, eager, judge, oracle, run, sdpa_errors
+from moda_kernels.testing.oracle import (
+    Comparison,
+    check,
+    compare,
+    eager,
+    head_orders,
+    judge,
+    oracle,
+    reordered,
+    run,
+    sdpa_errors,
+)
 
 __all__ = [
-    "CASES", "PADDING", "Case", "Comparison", "Inputs", "Result", "check", "compare", "eager", "generator", "judge",
-    "oracle", "random_ids", "random_layout", "random_mask", "run", "sdpa_errors",
+    "CASES", "PADDING", "Case", "Comparison", "Inputs", "Result", "check", "compare", "eager", "generator",
+    "head_orders", "judge", "oracle", "random_ids", "random_layout", "random_mask", "reordered", "run", "sdpa_errors",
 ]  # fmt: skip

@@ -84,17 +84,20 @@ def eager(case: Case | Inputs, dtype: torch.dtype, **options: Any) -> list[Resul
     results = [run(inputs, dtype, "reference", **options)]
     if not isinstance(case, Case) or case.fusion in (None, "released") or dtype == torch.float64:
         return results
-    dim = inputs.tensors["key"].shape[-1]
-    for i in range(1, ORDERS):
-        order = torch.randperm(dim, generator=generator(i))
-        tensors = {name: _reordered(name, t, order.to(t.device)) for name, t in inputs.tensors.items()}
+    for order in head_orders(inputs.tensors["key"].shape[-1]):
+        tensors = {name: reordered(name, t, order.to(t.device)) for name, t in inputs.tensors.items()}
         result = run(dataclasses.replace(inputs, tensors=tensors), dtype, "reference", **options)
         back = torch.argsort(order)
-        results.append(Result({n: _reordered(n[2:], t, back.to(t.device)) for n, t in result.tensors.items()}))
+        results.append(Result({n: reordered(n[2:], t, back.to(t.device)) for n, t in result.tensors.items()}))
     return results
 
 
-def _reordered(name: str, x: Tensor, order: Tensor) -> Tensor:
+def head_orders(dim: int) -> list[Tensor]:
+    """The orders of the head dimension in which eager PyTorch is tried, besides its own."""
+    return [torch.randperm(dim, generator=generator(i)) for i in range(1, ORDERS)]
+
+
+def reordered(name: str, x: Tensor, order: Tensor) -> Tensor:
     """A tensor of a case (or its gradient) with the head dimension of queries and keys in another order."""
     if name in ("query", "key", "ratio"):
         return x[..., order]

@@ -22,7 +22,7 @@ from moda_kernels.commands.bench.cases import Case
 from moda_kernels.commands.bench.peers import Contestant, Peer
 from moda_kernels.commands.bench.peers.sdpa import pinned
 from moda_kernels.products.twin import compute_dtype
-from moda_kernels.testing import Comparison, Result, compare
+from moda_kernels.testing import Comparison, Result, compare, head_orders, reordered
 
 #: Up to this length every row is checked, and gradients whole.
 ALL_ROWS = 1024
@@ -91,7 +91,7 @@ class Judge:
         self.rows = _rows_to_check(case).to(case.device)
         self.sampled = len(self.rows) < case.queries
         self._tensors = case.tensors()
-        self._answers: dict[str | None, tuple[Result, Result]] = {}
+        self._answers: dict[str | None, tuple[Result, list[Result]]] = {}
 
     def verdict(self, contestant: Contestant, results: tuple[Tensor, ...]) -> Verdict:
         """The verdict on what `contestant.call` gave, where rows are sampled under a gradient for these rows only."""
@@ -105,19 +105,24 @@ class Judge:
         """These rows of something per query."""
         return t[:, :, self.rows] if self.sampled else t
 
-    def _answer(self, alignment: str | None) -> tuple[Result, Result]:
-        """Exact (float64) and eager (in the case's dtype) results of these rows, made once."""
+    def _answer(self, alignment: str | None) -> tuple[Result, list[Result]]:
+        """Exact (float64) and eager (in the case's dtype) results of these rows, made once; eager ones of aligned keys
+        in several orders of the sums, for the reason that `testing.eager` gives."""
         if alignment not in self._answers:
+            orders = [None] if alignment is None else [None, *head_orders(self._tensors["key"].shape[-1])]
             self._answers[alignment] = (
                 self._dense(torch.float64, alignment),
-                self._dense(self.case.dtype, alignment),
+                [self._dense(self.case.dtype, alignment, order) for order in orders],
             )
         return self._answers[alignment]
 
-    def _dense(self, dtype: torch.dtype, alignment: str | None) -> Result:
+    def _dense(self, dtype: torch.dtype, alignment: str | None, order: Tensor | None = None) -> Result:
+        """The answer, summed with the head dimension in another order."""
         case, layout = self.case, self.case.workload.layout
         names = ("query", "key", "value") + (() if alignment is None else ("weight",))
         narrow = self._tensors | {"query": self._picked(self._tensors["query"])}
+        if order is not None:
+            narrow = {name: reordered(name, t, order.to(t.device)) for name, t in narrow.items()}
         tensors = {name: narrow[name].to(dtype if name != "weight" else _wide(dtype)) for name in names}
         for t in tensors.values():
             t.requires_grad_(case.backward)
@@ -137,7 +142,9 @@ class Judge:
         if case.backward:
             dout = self._picked(self._tensors["dout"]).to(dtype)
             grads = torch.autograd.grad(out, tuple(tensors.values()), dout, materialize_grads=True)
-            named |= {f"d {name}": grad for name, grad in zip(names, grads, strict=True)}
+            back = None if order is None else torch.argsort(order)
+            for name, grad in zip(names, grads, strict=True):
+                named[f"d {name}"] = grad if back is None else reordered(name, grad, back.to(grad.device))
         return Result(named)
 
     def _reference(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
