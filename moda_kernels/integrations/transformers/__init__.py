@@ -1,12 +1,19 @@
 """MODA in models of Hugging Face transformers: :func:`enable` a model, train it, `generate()` with it.
 
-`model.py` prepares a model and takes it back, `ids.py` finds out which token is of which modality, `attention.py` is
-what transformers calls in each layer, `cache.py` keeps a `DecodeState` beside the KV cache, `released.py` loads the
-authors' weights. transformers itself is imported when a model is enabled.
+`model.py` prepares a model and takes it back, `covered.py` knows which models may be, `ids.py` finds out which token is
+of which modality, `attention.py` is what transformers calls in each layer, `cache.py` keeps a `DecodeState` beside the
+KV cache, `released.py` loads the authors' weights. Where transformers is installed, importing this makes known to it
+the attention that enabled models are saved with.
 """
 
+import contextlib
+
+from moda_kernels.integrations.transformers.attention import register
 from moda_kernels.integrations.transformers.ids import modality_ids
 from moda_kernels.integrations.transformers.model import disable, enable
 from moda_kernels.integrations.transformers.released import load_released
 
 __all__ = ["disable", "enable", "load_released", "modality_ids"]
+
+with contextlib.suppress(ImportError):  # none, or an old one: enable() says so
+    register()

@@ -20,6 +20,7 @@ from moda_kernels.alignment.released import released_key_map
 from moda_kernels.attention import moda_attention
 from moda_kernels.integrations.transformers import cache as caches
 from moda_kernels.integrations.transformers import ids as modalities
+from moda_kernels.integrations.transformers.covered import window_of
 from moda_kernels.runtime import checks
 from moda_kernels.tokens.layout import ModalityLayout
 from moda_kernels.tokens.mask import ModularMask
@@ -48,19 +49,21 @@ class LayerSettings:
     """On each attention layer of the text model.
 
     Attributes:
-        mask: before the layer's own sliding window is added.
+        mask: before the layer's own sliding window is added. unmarked: in calls that mark no images (see `Family`).
     """
 
     mask: ModularMask
+    unmarked: ModularMask
     pseudo: PseudoAttention | None
 
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """What the tokens of one forward call are: a layout, or with a cache its state."""
+    """What the tokens of one forward call are: a layout, or with a cache its state; and if it marks images."""
 
     layout: ModalityLayout | None
     state: DecodeState | None
+    marks: bool
 
 
 class ReleasedAligner(nn.Module):
@@ -123,7 +126,8 @@ def attention(
         raise ValueError(
             f"attn_implementation: expected {NAME!r} for the text model that enable() has prepared, got it for "
             f"{type(module).__name__}. A plain string in set_attn_implementation switches the vision tower as well; "
-            f'call enable(model) alone, or name the part: set_attn_implementation({{"text_config": {NAME!r}}})'
+            f'call enable(model) alone, or name the part: set_attn_implementation({{"text_config": {NAME!r}}}). '
+            "A model that was saved with aligners is loaded without them: enable(model) brings them back"
         )
     tokens: Tokens | None = others.get(ARGUMENT)
     if tokens is None:
@@ -133,7 +137,7 @@ def attention(
     for name, value_of in (("softcap", softcap), ("s_aux", s_aux)):
         if value_of is not None:
             raise NotImplementedError(f"{name} of {type(module).__name__}: MODA has none; disable(model)")
-    mask = settings.mask
+    mask = settings.mask if tokens.marks else settings.unmarked
     if sliding_window is not None:
         mask = ModularMask(mask.rules, min(sliding_window, mask.window or sliding_window))
     where: dict[str, Any] = {"layout": tokens.layout}
@@ -167,20 +171,21 @@ def is_released(aligner: nn.Module) -> bool:
 
 # Hooks
 
-_found: ContextVar[Tensor | None] = ContextVar("moda_kernels_found_ids", default=None)
+_found: ContextVar[tuple[Tensor | None, Tensor | None]] = ContextVar("moda_kernels_found", default=(None, None))
 MODEL = "moda_model_settings"
 
 
 @torch.compiler.disable
 def before_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Before the model that sees ``input_ids``: look at them, since the text model gets embeddings."""
+    """Before the model that sees ``input_ids``: look at them and at marks, since the text model gets embeddings."""
     settings: ModelSettings = getattr(module, MODEL)
-    _found.set(settings.family.find(settings.config, _named(module, args, kwargs)))
+    arguments = _named(module, args, kwargs)
+    _found.set((settings.family.find(settings.config, arguments), arguments.get(settings.family.marks or "")))
 
 
 @torch.compiler.disable
 def after_model(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    _found.set(None)
+    _found.set((None, None))
 
 
 @torch.compiler.disable
@@ -189,6 +194,14 @@ def before_text_model(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Before the text model: make `Tokens` of what is known and hand them on."""
     settings: ModelSettings = getattr(module, MODEL)
+    implementation = module.config._attn_implementation  # type: ignore[union-attr]
+    if implementation != NAME:
+        raise checks.wrong_value(
+            "attn_implementation",
+            f"{NAME!r} for the text part of an enabled model (set_attn_implementation with "
+            f'{{"text_config": {NAME!r}}}, or {NAME!r} for a plain decoder); to do without MODA call disable(model)',
+            repr(implementation),
+        )
     arguments = _named(module, args, kwargs)
     source = arguments.get("inputs_embeds")
     source = arguments.get("input_ids") if source is None else source
@@ -214,7 +227,7 @@ def before_text_model(
 
     told = modalities.told(batch, new, past, source.device)
     if told is None:
-        found = _found.get()
+        found = _found.get()[0]
         found = settings.family.find(settings.config, arguments) if found is None else found
         if found is None:
             raise checks.wrong_value(
@@ -227,12 +240,15 @@ def before_text_model(
     if told.ids.shape != (batch, new):
         raise checks.wrong_value("modality ids", f"shape {(batch, new)}, one for each new token", told.ids)
     ids = _without_padding(told.ids, arguments.get("attention_mask"), past)
+    items, marks = told.items, _found.get()[1]
+    if marks is not None and items is None:
+        items = modalities.marked(marks, ids, past, window_of(module.config))
     if state is not None:
-        state.append(ids, item_ids=told.items)
-        tokens = Tokens(None, state)
+        state.append(ids, item_ids=items)
+        tokens = Tokens(None, state, marks is not None)
     else:
-        layout = segment_modalities(ids, num_modalities=settings.num_modalities, item_ids=told.items)
-        tokens = Tokens(layout, None)
+        layout = segment_modalities(ids, num_modalities=settings.num_modalities, item_ids=items)
+        tokens = Tokens(layout, None, marks is not None)
     return (), arguments | {ARGUMENT: tokens}
 
 
@@ -271,10 +287,3 @@ def _refuse_packing(arguments: dict[str, Any]) -> None:
             "position_ids that start again within a row (packed documents): give each document a row, or an "
             "attention_mask where positions only skip padding"
         )
-
-
-def default_mask(num_modalities: int, whole: tuple[int, ...], module: nn.Module) -> ModularMask:
-    """What the model itself uses."""
-    if not getattr(module, "is_causal", True):
-        return ModularMask.full(num_modalities)
-    return ModularMask.bidirectional_within(num_modalities, whole)

@@ -23,12 +23,14 @@ class Family:
     Attributes:
         placeholders: from names in its config, of token ids, to modalities.
         argument: the forward argument that holds modalities (0 text, …), used where there are no ``input_ids``.
-        whole: modalities whose segments see themselves whole in this model, image by image.
+        whole: modalities whose segments see themselves whole in this model, image by image, in calls that mark them.
+        marks: the forward argument that marks them, by 1.
     """
 
     placeholders: Mapping[str, int]
     argument: str | None = None
     whole: tuple[int, ...] = ()
+    marks: str | None = None
 
     @property
     def num_modalities(self) -> int:
@@ -53,7 +55,7 @@ _QWEN = Family({"image_token_id": 1, "video_token_id": 2}, "mm_token_type_ids")
 FAMILIES = {
     "llava": _LLAVA,
     "llava_next": _LLAVA,
-    "gemma3": Family({"image_token_id": 1}, "token_type_ids", whole=(1,)),
+    "gemma3": Family({"image_token_id": 1}, "token_type_ids", whole=(1,), marks="token_type_ids"),
     "qwen2_vl": _QWEN,
     "qwen3_vl": _QWEN,
 }
@@ -65,6 +67,33 @@ class Told(NamedTuple):
     ids: Tensor
     items: Tensor | None
     rest: int | None = None
+
+
+def marked(marks: Tensor, ids: Tensor, past: int, window: float) -> Tensor:
+    """Item ids ``[B, n]`` with which a segment is what a model that marks images lets see itself whole: a run of marks.
+
+    Args:
+        marks: ``[B, past + n]``, 1 where an image is, from the first token on. ids: ``[B, n]``, of the new tokens.
+        window: of sliding layers; a longer run is refused.
+
+    Raises:
+        ValueError: another shape, marks where no image is. NotImplementedError: a run longer than the window.
+    """
+    total = past + ids.shape[1]
+    if marks.shape != (ids.shape[0], total):
+        raise checks.wrong_value("token_type_ids", f"shape {(ids.shape[0], total)}, from the first token on", marks)
+    here, column = marks.to(ids.device) == 1, torch.arange(total, device=ids.device)
+    run = column - torch.where(here, -1, column).cummax(-1).values
+    new = here[:, past:]
+    wrong, longest = torch.stack(((new & (ids != 1) & (ids >= 0)).any().long(), (run * here).amax())).tolist()
+    if wrong:
+        raise checks.wrong_value("token_type_ids", "1 only where the token is an image's", marks)
+    if longest > window:
+        raise NotImplementedError(
+            f"token_type_ids: {longest} tokens that see themselves whole, in layers with a sliding window of {window}; "
+            "give images that stand side by side a text token between them, or the model a longer window"
+        )
+    return torch.where(new | (ids != 1), 0, column[past:] + 1)
 
 
 _told: ContextVar[Told | None] = ContextVar("moda_kernels_modality_ids", default=None)

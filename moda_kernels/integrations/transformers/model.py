@@ -13,6 +13,7 @@ from moda_kernels.alignment.aligner import DuplexAligner
 from moda_kernels.alignment.maps import FUSIONS
 from moda_kernels.integrations.transformers import attention as layers_
 from moda_kernels.integrations.transformers.attention import ALIGNER, MODEL, NAME, SETTINGS
+from moda_kernels.integrations.transformers.covered import refuse_unknown
 from moda_kernels.integrations.transformers.ids import FAMILIES, UNKNOWN
 from moda_kernels.runtime import checks
 from moda_kernels.tokens.mask import ModularMask
@@ -40,7 +41,8 @@ def enable(
     """Put MODA into a model of transformers, in place: its text layers align keys and attend by rules.
 
     LLaVA, LLaVA-NeXT, Qwen2-VL, Qwen3-VL and Gemma 3 say themselves which token is what: 0 text, 1 image, 2 video
-    (Qwen). Other decoders, and calls with ``inputs_embeds``, run within ``with modality_ids(ids):``. Each attention
+    (Qwen). Others that are known, and calls with ``inputs_embeds``, run within ``with modality_ids(ids):``. A saved
+    model is loaded by ``from_pretrained`` without its aligners and refuses to run until it is enabled. Each attention
     layer of the text model gets an aligner, ``….self_attn.moda_aligner``: in ``state_dict``, ``parameters`` and
     ``save_pretrained``; for PEFT name it in ``modules_to_save``. Fresh aligners leave the model's outputs as they are.
     The vision tower stays as it is. Padding of the attention mask is seen by nobody. Gram matrices of rotated keys know
@@ -56,20 +58,23 @@ def enable(
         model: a `PreTrainedModel` (or a PEFT model around one), on any device.
         fusion, scope, renorm: as in :class:`moda_kernels.DuplexAligner`; "released" with ``scope="sequence"`` is the
             authors' variant (see :func:`load_released`).
-        mask: who sees whom. Default: what the model itself uses: causal, in Gemma 3 images see themselves whole. A
-            layer's sliding window is added to it.
+        mask: who sees whom. Default: what the model itself uses: causal; in Gemma 3, images that ``token_type_ids``
+            mark see themselves whole. A layer's sliding window is added to it.
         pseudo: pseudo-attention for the layers with aligners. Its tensors are not saved with the model.
         layers: indices of the text layers that get aligners (and ``pseudo``, ``mask``). Default: all. The others attend
             as before.
         num_modalities: M. Default: the family's, 2 for other models.
-        weights: for a model whose config says that it was saved with aligners: the folder (or a state dict) with their
-            parameters. Default: the folder that the model was loaded from.
+        weights: for a model whose config says that it has aligners: the folder (or a state dict) with their parameters.
+            Default: the folder that the model was loaded from; fresh ones where it was made of a config.
 
     Returns:
         The model.
 
     Raises:
         ImportError: no transformers, or one older than 5.0.
+        NotImplementedError: a model whose own masks aren't known to be causal or sliding (Gemma 3's images aside), by
+            name: PaliGemma, Llama 4, Gemma 3n, Gemma 4, Kosmos-2 and whatever `covered.py` doesn't list; capped scores;
+            Gemma 3 with a window shorter than an image.
         TypeError, ValueError: not such a model, enabled already, unknown layers, a mask for another M, options other
             than those that its aligners were saved with, or no saved parameters found.
     """
@@ -81,9 +86,10 @@ def enable(
     if fusion == "released" and renorm:
         raise checks.wrong_value("renorm", "False with fusion='released'", renorm)
     text, outer = _text_model(base)
-    attentions = _attention_layers(text)
     if hasattr(text, MODEL):
         raise checks.wrong_value("model", "one that is not enabled (call disable(model) first)", type(model).__name__)
+    refuse_unknown(base, text)
+    attentions = _attention_layers(text)
     family = FAMILIES.get(outer.config.model_type, UNKNOWN)
     m = family.num_modalities if num_modalities is None else checks.integer("num_modalities", num_modalities, 1)
     if m < family.num_modalities and family is not UNKNOWN:
@@ -118,13 +124,14 @@ def enable(
         if parameters is not None:
             _fill(aligners[index], index, parameters)
 
+    plain = (ModularMask.bidirectional_within(m, family.whole), ModularMask.causal(m))
     for index, module in attentions.items():
-        plain = layers_.default_mask(m, family.whole, module)
         own = index in aligners
         if own:
             module.add_module(ALIGNER, aligners[index])
             aligners[index].train(module.training)
-        setattr(module, SETTINGS, layers_.LayerSettings(mask if own and mask else plain, pseudo if own else None))
+        masks = (mask, mask) if own and mask else plain
+        setattr(module, SETTINGS, layers_.LayerSettings(*masks, pseudo if own else None))
     settings = layers_.ModelSettings(family, m, outer.config)
     handles = [text.register_forward_pre_hook(layers_.before_text_model, with_kwargs=True)]
     if outer is not text:
@@ -136,6 +143,8 @@ def enable(
     layers_.register()
     text.set_attn_implementation(NAME)
     setattr(base.config, CONFIG, saved)
+    for config, value in _asking(base, text):
+        config.attn_implementation = value
     return model
 
 
@@ -159,9 +168,20 @@ def disable(model: Any) -> Any:
         delattr(module, SETTINGS)
         if hasattr(module, ALIGNER):
             delattr(module, ALIGNER)
+    if implementation == NAME:  # it was loaded as an enabled model, or made of such a one's config
+        implementation = text.get_correct_attn_implementation(None, is_init_check=True)
     text.set_attn_implementation(implementation)
-    delattr(base.config, CONFIG)
+    vars(base.config).pop(CONFIG, None)
+    for config, _ in _asking(base, text):
+        vars(config).pop("attn_implementation", None)
     return model
+
+
+def _asking(base: Any, text: Any) -> list[tuple[Any, Any]]:
+    """Configs, and what they say when they are saved: transformers then loads the text part with attention that only an
+    enabled model has, so that a model without its aligners is an error and not another model."""
+    parts = [name for name in base.config.sub_configs if getattr(base.config, name, None) is text.config]
+    return [(text.config, NAME), *((base.config, {name: NAME}) for name in parts)]
 
 
 # Parts of a model
@@ -229,10 +249,12 @@ def _chosen(layers: Iterable[int] | None, attentions: Mapping[int, nn.Module]) -
 # Saved parameters
 
 
-def _saved_parameters(model: Any, weights: str | Path | Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
+def _saved_parameters(model: Any, weights: str | Path | Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
     """Those of aligners, from where the model was saved."""
     if isinstance(weights, Mapping):
         return weights
+    if weights is None and not model.config._name_or_path:
+        return None  # made of an enabled model's config, not loaded
     folder = Path(model.config._name_or_path if weights is None else weights)
     index = folder / "model.safetensors.index.json"
     if index.exists():
@@ -244,7 +266,7 @@ def _saved_parameters(model: Any, weights: str | Path | Mapping[str, Tensor] | N
         raise checks.wrong_value(
             "weights",
             "a folder with the parameters of aligners (or a state dict), because the model's config says in "
-            f"{CONFIG!r} that it was saved with them",
+            f"{CONFIG!r} that it has some (to start afresh: del model.config.{CONFIG})",
             f"{str(folder)!r}",
         )
     from safetensors import safe_open
