@@ -185,6 +185,21 @@ def test_layers_and_masks_of_their_own() -> None:
     assert not torch.allclose(logits(model, x)[real], plain[real], atol=1e-4)
 
 
+def test_windows_of_a_mask_and_of_a_layer() -> None:
+    """The tiny Gemma 3 has a sliding layer of 6 tokens and a full one."""
+    x = vlm.inputs("gemma3")
+    rules = mk.ModularMask.bidirectional_within(2, [1]).rules
+    outs = {}
+    for window, on in ((4, "past"), (4, "all"), (6, "all"), (9, "past"), (None, "past")):
+        outs[window, on] = logits(enable(vlm.make("gemma3"), mask=mk.ModularMask(rules, window, on)), x)
+    torch.testing.assert_close(outs[4, "past"], outs[4, "all"])  # no image is longer
+    assert not torch.allclose(outs[4, "all"], outs[6, "all"]) and not torch.allclose(
+        outs[9, "past"], outs[None, "past"]
+    )
+    with pytest.raises(NotImplementedError, match="mask: a window of 9"):
+        enable(vlm.make("gemma3"), mask=mk.ModularMask(rules, 9, "all"))
+
+
 def test_images_see_themselves_whole_in_gemma3_only() -> None:
     for family, whole in (("gemma3", True), ("llava", False)):
         model, x = enable(vlm.make(family)), vlm.inputs(family)

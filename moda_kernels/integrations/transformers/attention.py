@@ -139,7 +139,8 @@ def attention(
             raise NotImplementedError(f"{name} of {type(module).__name__}: MODA has none; disable(model)")
     mask = settings.mask if tokens.marks else settings.unmarked
     if sliding_window is not None:
-        mask = ModularMask(mask.rules, min(sliding_window, mask.window or sliding_window))
+        own = mask.window is not None and mask.window <= sliding_window
+        mask = mask if own else ModularMask(mask.rules, sliding_window)
     where: dict[str, Any] = {"layout": tokens.layout}
     if tokens.state is not None:
         where = {"state": tokens.state[module.layer_idx]}  # type: ignore[index]

@@ -13,7 +13,7 @@ from moda_kernels.alignment.aligner import DuplexAligner
 from moda_kernels.alignment.maps import FUSIONS
 from moda_kernels.integrations.transformers import attention as layers_
 from moda_kernels.integrations.transformers.attention import ALIGNER, MODEL, NAME, SETTINGS
-from moda_kernels.integrations.transformers.covered import refuse_unknown
+from moda_kernels.integrations.transformers.covered import refuse_unknown, window_of
 from moda_kernels.integrations.transformers.ids import FAMILIES, UNKNOWN
 from moda_kernels.runtime import checks
 from moda_kernels.tokens.mask import ModularMask
@@ -98,6 +98,11 @@ def enable(
         raise checks.wrong_type("mask", "a ModularMask", mask)
     if mask is not None and mask.num_roles != m:
         raise checks.wrong_value("mask", f"{m} x {m} rules", f"{mask.num_roles} x {mask.num_roles}")
+    if mask is not None and mask.window_on == "all" and (mask.window or 0) > window_of(text.config):
+        raise NotImplementedError(
+            f"mask: a window of {mask.window} on all rules beside layers whose sliding window is shorter "
+            f"({window_of(text.config)}); make the mask's as short"
+        )
     if pseudo is not None and not isinstance(pseudo, PseudoAttention):
         raise checks.wrong_type("pseudo", "a PseudoAttention", pseudo)
     chosen = _chosen(layers, attentions)
