@@ -26,6 +26,7 @@ from moda_kernels.runtime import gpu
 #: Features and the names of their cases in `testing.CASES` (how they begin).
 FEATURES = {
     "masks": ("joint",),
+    "roles, steps, chunks": ("roles", "steps", "chunks", "window_on_all"),
     "grouped-query heads": ("joint_gqa",),
     "value size, scale": ("joint_scale", "joint_value"),
     "split": ("split",),
