@@ -11,6 +11,7 @@
 
 #include "segmentation.h"
 #include "tiles.h"
+#include "walks.h"
 #if defined(MODA_WITH_CUDA)
 #include "cuda.h"
 #endif
@@ -38,6 +39,7 @@ constexpr bool kWithCuda = true;
 using moda::cuda::probe;
 using moda::cuda::runtime_version;
 using moda::cuda::segment_tokens_workspace;
+using moda::cuda::walk_workspace;
 
 template <class Arguments>
 void run(void (*on_cpu)(const Arguments&), void (*on_cuda)(const Arguments&, const moda::cuda::Queue&),
@@ -54,6 +56,7 @@ constexpr bool kWithCuda = false;
 std::string probe(int) { return "built without CUDA"; }
 int runtime_version() { return 0; }
 int64_t segment_tokens_workspace(int, int) { return 0; }
+int64_t walk_workspace(int, int, int, int, bool) { return 0; }
 
 template <class Arguments>
 void run(void (*on_cpu)(const Arguments&), const Arguments& arguments, int device, Address, Address) {
@@ -117,12 +120,48 @@ void tile_lists(int device, Address stream, Address workspace, int sequences, in
   MODA_RUN(tile_lists, a, device, stream, workspace);
 }
 
+// Queries or keys cut into tiles, as Python passes it: address of cu_seqlens; length, block, tiles.
+using CutArguments = std::tuple<Address, int, int, int>;
+
+moda::WalkInput walk_input(int passes, int intervals, int sequences, int rows, int tokens, Address limits,
+                           Address positions, Address real, const CutArguments& queries, const CutArguments& keys) {
+  auto cut = [&](const CutArguments& side) {
+    const auto [cu_seqlens, length, block, tiles] = side;
+    if (passes < 1 || intervals < 1 || sequences < 1 || length < -1 || block < 1 || tiles < 1) {
+      throw std::invalid_argument("walks: expected at least one pass, interval, sequence, token and tile");
+    }
+    return moda::Cut{at(cu_seqlens), sequences, length, block, tiles};
+  };
+  return {passes, intervals, rows, tokens, at(limits), at(positions), at<uint8_t>(real), cut(queries), cut(keys)};
+}
+
+void query_walk(int device, Address stream, Address workspace, int passes, int intervals, int sequences, int rows,
+                int tokens, Address limits, Address positions, Address real, const CutArguments& queries,
+                const CutArguments& keys, bool affine, Address tiles, Address order, Address runs, Address key_lists) {
+  const moda::QueryWalk a{
+      walk_input(passes, intervals, sequences, rows, tokens, limits, positions, real, queries, keys),
+      affine, at(tiles), at(order), at(runs), at(key_lists)};
+  MODA_RUN(query_walk, a, device, stream, workspace);
+}
+
+void key_walk(int device, Address stream, Address workspace, int passes, int intervals, int sequences, int rows,
+              int tokens, Address limits, Address positions, const CutArguments& queries, const CutArguments& keys,
+              int chains, Address tiles, Address order, Address runs, Address query_lists) {
+  if (chains < 1 || chains > moda::kMaxChains) {
+    throw std::invalid_argument("key_walk: expected 1 to " + std::to_string(moda::kMaxChains) + " chains, got " +
+                                std::to_string(chains));
+  }
+  const moda::KeyWalk a{walk_input(passes, intervals, sequences, rows, tokens, limits, positions, 0, queries, keys),
+                        chains, at(tiles), at(order), at(runs), at(query_lists)};
+  MODA_RUN(key_walk, a, device, stream, workspace);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(MODA_MODULE, module) {
   using namespace pybind11::literals;
   using Unlocked = py::call_guard<py::gil_scoped_release>;
-  module.doc() = "Segmentation and tile lists in C++ and CUDA; use it through moda_kernels.runtime.native.";
+  module.doc() = "Segmentation, tile lists and walks in C++ and CUDA; use it through moda_kernels.runtime.native.";
   module.attr("WITH_CUDA") = kWithCuda;
   module.attr("CUDA_ARCHITECTURES") = MODA_CUDA_ARCHITECTURES;
   module.attr("CUDA_RUNTIME") = runtime_version();
@@ -141,4 +180,11 @@ PYBIND11_MODULE(MODA_MODULE, module) {
   module.def("tile_lists", &tile_lists, py::kw_only(), "device"_a, "stream"_a, "workspace"_a, "sequences"_a,
              "modalities"_a, "modality"_a, "segment"_a, "position"_a, "first_column"_a, "rules"_a, "window"_a,
              "queries"_a, "keys"_a, "overflow"_a, Unlocked());
+  module.def("walk_workspace", &walk_workspace, "passes"_a, "walks"_a, "query_tiles"_a, "key_tiles"_a, "of_keys"_a);
+  module.def("query_walk", &query_walk, py::kw_only(), "device"_a, "stream"_a, "workspace"_a, "passes"_a, "intervals"_a,
+             "sequences"_a, "rows"_a, "tokens"_a, "limits"_a, "positions"_a, "real"_a, "queries"_a, "keys"_a,
+             "affine"_a, "tiles"_a, "order"_a, "runs"_a, "key_lists"_a, Unlocked());
+  module.def("key_walk", &key_walk, py::kw_only(), "device"_a, "stream"_a, "workspace"_a, "passes"_a, "intervals"_a,
+             "sequences"_a, "rows"_a, "tokens"_a, "limits"_a, "positions"_a, "queries"_a, "keys"_a, "chains"_a,
+             "tiles"_a, "order"_a, "runs"_a, "query_lists"_a, Unlocked());
 }

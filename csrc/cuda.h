@@ -8,6 +8,7 @@
 
 #include "segmentation.h"
 #include "tiles.h"
+#include "walks.h"
 
 namespace moda::cuda {
 
@@ -22,13 +23,17 @@ std::string probe(int device);
 int runtime_version();
 
 int64_t segment_tokens_workspace(int tokens, int modalities);
+int64_t walk_workspace(int passes, int walks, int q_tiles, int k_tiles, bool of_keys);
 
 void segment_tokens(const SegmentTokens&, const Queue&);
 void segment_table(const SegmentTable&, const Queue&);
 void tile_lists(const TileLists&, const Queue&);
+void query_walk(const QueryWalk&, const Queue&);
+void key_walk(const KeyWalk&, const Queue&);
 
 // One for each CUDA file: load its kernels on the current device. Returns a cudaError_t.
 int load_segmentation();
 int load_tiles();
+int load_walks();
 
 }  // namespace moda::cuda

@@ -221,6 +221,7 @@ std::string probe(int device) {
   if (error == cudaSuccess) error = cudaSetDevice(device);
   if (error == cudaSuccess) error = static_cast<cudaError_t>(load_segmentation());
   if (error == cudaSuccess) error = static_cast<cudaError_t>(load_tiles());
+  if (error == cudaSuccess) error = static_cast<cudaError_t>(load_walks());
   const std::string why = error == cudaSuccess ? "" : cudaGetErrorString(error);
   if (error == cudaSuccess && before != device) cudaSetDevice(before);
   cudaGetLastError();  // forget what was found here: the next launch must not be blamed for it

@@ -187,6 +187,8 @@ inline int __reduce_min_sync(unsigned, int value) {
   return least;
 }
 inline int __reduce_max_sync(unsigned mask, int value) { return ~__reduce_min_sync(mask, ~value); }
+inline void __syncwarp() { emulation::exchange(0); }
+inline void __threadfence() {}
 inline void __syncthreads() { emulation::meet(emulation::block); }
 inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
 inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(static_cast<unsigned>(bits)); }

@@ -58,3 +58,49 @@ def tile_lists(
     keys: _Side,
     overflow: int,
 ) -> None: ...
+
+# cu_seqlens; length of each sequence or -1, block, tiles
+_Cut = tuple[int, int, int, int]
+
+def walk_workspace(passes: int, walks: int, query_tiles: int, key_tiles: int, of_keys: bool) -> int: ...
+def query_walk(
+    *,
+    device: int,
+    stream: int,
+    workspace: int,
+    passes: int,
+    intervals: int,
+    sequences: int,
+    rows: int,
+    tokens: int,
+    limits: int,
+    positions: int,
+    real: int,
+    queries: _Cut,
+    keys: _Cut,
+    affine: bool,
+    tiles: int,
+    order: int,
+    runs: int,
+    key_lists: int,
+) -> None: ...
+def key_walk(
+    *,
+    device: int,
+    stream: int,
+    workspace: int,
+    passes: int,
+    intervals: int,
+    sequences: int,
+    rows: int,
+    tokens: int,
+    limits: int,
+    positions: int,
+    queries: _Cut,
+    keys: _Cut,
+    chains: int,
+    tiles: int,
+    order: int,
+    runs: int,
+    query_lists: int,
+) -> None: ...

@@ -18,19 +18,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_walks
 import torch
 from torch import Tensor
 
 from moda_kernels import ModularMask, segment_modalities
 from moda_kernels.runtime import native
-from moda_kernels.tokens import segments, tiles
+from moda_kernels.tokens import segments, tiles, walks
 
 pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 CSRC = Path(__file__).parents[1] / "csrc"
-CUDA_FILES = ("cuda_segmentation.cu", "cuda_tiles.cu")
+CPU_FILES = ("cpu.cpp", "cpu_walks.cpp")
+CUDA_FILES = ("cuda_segmentation.cu", "cuda_tiles.cu", "cuda_walks.cu")
+#: Where the twins are; the others: in `segments`.
+TWINS = {"tile_lists": tiles, "query_walk": walks, "key_walk": walks}
 CPU = torch.device("cpu")
 
 
@@ -50,7 +54,7 @@ class Implementation:
                 patch.setattr(native, "_queue", lambda device: (0, 0))
             module = native
             if self.name == "torch":
-                module, function = (tiles if function == "tile_lists" else segments), function + "_torch"
+                module, function = TWINS.get(function, segments), function + "_torch"
             made = getattr(module, function)(*(a.to(self.device) if isinstance(a, Tensor) else a for a in args))
         return tuple(t.cpu() for t in (made if isinstance(made, tuple) else (made,)))
 
@@ -83,7 +87,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> types.ModuleType:
     flags += ["-DMODA_EMULATE_CUDA", "-DMODA_WITH_CUDA"]
     includes = [f"-isystem{path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"])]
     builds = []
-    for name in ("bindings.cpp", "cpu.cpp", *CUDA_FILES):  # side by side, as most of the time goes to the bindings
+    for name in ("bindings.cpp", *CPU_FILES, *CUDA_FILES):  # side by side, as most of the time goes to the bindings
         command = [compiler, *flags, "-DMODA_MODULE=_emulated", *includes, "-c", "-x", "c++", CSRC / name]
         builds.append(subprocess.Popen([*command, "-o", folder / f"{name}.o"], stderr=subprocess.PIPE, text=True))
     for build in builds:
@@ -326,6 +330,60 @@ def test_long_sequences_overflow(implementation: Implementation) -> None:
     made = implementation("tile_lists", ids, ids, order, bounds, bounds, first, [1], None, block, block, shapes)
     assert made[-1].tolist() == [1]
     assert bool((made[3][:, 1] <= shapes[2]).all())
+
+
+# Walks
+
+
+def test_walks_are_those_of_the_twins(implementation: Implementation) -> None:
+    """What walks have to be is in `test_walks.py`."""
+    if implementation.name == "torch":
+        pytest.skip("the twin is what the others are compared with")
+    twin, compared = Implementation("torch", 0), 0
+    for seed in range(2 * implementation.examples):
+        case = test_walks.random_case(seed)
+        blocks = list(test_walks.BLOCKS[seed % 5])
+        capacities, lengths = walks._sizes(case.q_shape, case.k_shape, case.cu_q, *blocks)
+        if not all(capacities):
+            continue  # the operators don't call them
+        compared += 1
+        common = (case.cu_q, case.cu_k, capacities, lengths, blocks)
+        for function, arguments in (
+            ("query_walk", (case.limits, case.positions, case.real, *common, seed % 4 == 1)),
+            ("key_walk", (case.limits, case.positions, *common, 1 + seed % 4)),
+        ):
+            made, expected = (i(function, *arguments) for i in (implementation, twin))
+            for which, (one, two) in enumerate(zip(made, expected, strict=True)):
+                assert torch.equal(one, two), f"seed {seed}, {function}, output {which}"
+    assert compared > implementation.examples
+
+
+def test_walks_of_many_tiles(implementation: Implementation) -> None:
+    """More tiles than a block of the kernels has threads: scans and sorts go on from one stretch to the next."""
+    if implementation.name == "torch":
+        pytest.skip("the twin is what the others are compared with")
+    g = torch.Generator().manual_seed(0)
+    total, twin = 4_500, Implementation("torch", 0)
+    bounds = torch.cat(
+        (torch.zeros(1), torch.randint(0, total, (40,), generator=g).sort().values, torch.tensor([total]))
+    )
+    bounds = bounds.int()
+    sequence = torch.repeat_interleave(torch.arange(41), bounds.diff().long())
+    role = torch.repeat_interleave(torch.randint(-1, 3, (total,), generator=g), 7)[:total]
+    position = torch.arange(total) - bounds[sequence]
+    positions = torch.stack([torch.where(role == r, position, -1) for r in range(2)]).int()
+    near = torch.stack((position - 1 - role * 30, position + role * 9))
+    limits = torch.stack((near, torch.stack((torch.full_like(position, -1), position // (4 + role) - 40))))
+    limits = torch.where((limits[:, :1] < limits[:, 1:]) & (role >= 0), limits, torch.tensor([2**31 - 1, -2])[:, None])
+    limits = limits.clamp(min=-2).expand(2, 2, 2, total).int().contiguous()
+    common = (bounds, bounds, [total // 3 + 41, total // 4 + 41], [-1, -1], [3, 4])
+    for function, arguments in (
+        ("query_walk", (limits, positions, role >= 0, *common, False)),
+        ("query_walk", (limits, positions, role >= 0, *common, True)),
+        ("key_walk", (limits, positions, *common, 2)),
+    ):
+        made, expected = (i(function, *arguments) for i in (implementation, twin))
+        assert all(map(torch.equal, made, expected)), function
 
 
 # The door

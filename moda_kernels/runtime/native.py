@@ -1,4 +1,4 @@
-"""The only door to the native extension (C++ and CUDA, `csrc/`): is it there, and its three functions.
+"""The only door to the native extension (C++ and CUDA, `csrc/`): is it there, and its functions.
 
 The extension knows nothing of torch: it gets addresses, sizes and a stream. So everything that a tensor has to be is
 checked here, and everything that it writes to, workspace included, is allocated here: on CUDA by torch on the current
@@ -11,6 +11,7 @@ import functools
 import os
 import types
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -181,6 +182,106 @@ def tile_lists(
     return q_rows, k_rows, key_lists, key_counts, query_lists, query_counts, overflow
 
 
+def query_walk(
+    limits: Tensor,
+    positions: Tensor,
+    real: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    capacities: list[int],
+    lengths: list[int],
+    blocks: list[int],
+    affine: bool,
+) -> tuple[Tensor, ...]:
+    """See `walks.query_walk_torch`, its twin. At least one pass, and a tile on each side."""
+    (q_tiles, k_tiles), passes = capacities, limits.shape[0]
+    call, kept = _walk_call(limits, positions, cu_q, cu_k, capacities, lengths, blocks, of_keys=False)
+    real = _checked("real", real, limits.device, (limits.shape[3],), torch.bool, like="limits")
+    new = functools.partial(torch.empty, dtype=torch.int32, device=limits.device)
+    tiles, order = new(q_tiles, 3), new(q_tiles)
+    runs, key_lists = new(passes * limits.shape[1], q_tiles, 8), new(passes, 2 * k_tiles + 1)
+    _loaded().query_walk(
+        **call,
+        real=real.data_ptr(),
+        affine=affine,
+        tiles=tiles.data_ptr(),
+        order=order.data_ptr(),
+        runs=runs.data_ptr(),
+        key_lists=key_lists.data_ptr(),
+    )
+    del kept
+    return tiles, order, runs, key_lists
+
+
+def key_walk(
+    limits: Tensor,
+    positions: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    capacities: list[int],
+    lengths: list[int],
+    blocks: list[int],
+    chains: int,
+) -> tuple[Tensor, ...]:
+    """See `walks.key_walk_torch`, its twin. At least one pass, and a tile on each side."""
+    (q_tiles, k_tiles), walks = capacities, limits.shape[0] * limits.shape[1]
+    call, kept = _walk_call(limits, positions, cu_q, cu_k, capacities, lengths, blocks, of_keys=True)
+    new = functools.partial(torch.empty, dtype=torch.int32, device=limits.device)
+    tiles, order = new(k_tiles, 3), new(k_tiles)
+    runs, query_lists = new(walks, k_tiles, 4 * chains + 4), new(walks, q_tiles + 1)
+    _loaded().key_walk(
+        **call,
+        chains=chains,
+        tiles=tiles.data_ptr(),
+        order=order.data_ptr(),
+        runs=runs.data_ptr(),
+        query_lists=query_lists.data_ptr(),
+    )
+    del kept
+    return tiles, order, runs, query_lists
+
+
+def _walk_call(
+    limits: Tensor,
+    positions: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    capacities: list[int],
+    lengths: list[int],
+    blocks: list[int],
+    of_keys: bool,
+) -> tuple[dict[str, Any], tuple[Tensor, ...]]:
+    """What both walks tell the extension, and the tensors whose addresses are in it."""
+    extension, device = _loaded(), limits.device
+    passes, intervals, _, rows = checks.tensor("limits", limits).shape
+    sequences, tokens = cu_k.numel() - 1, positions.shape[-1]
+    for name, of in (("limits", rows), ("positions", tokens)):
+        if of >= 2**31 - 1:
+            raise checks.wrong_value(name, "fewer than 2^31 - 1 tokens", f"{of}")
+    limits = _checked("limits", limits, device, (passes, intervals, 2, rows), like="limits")
+    positions = _checked("positions", positions, device, (passes, tokens), like="limits")
+    cu_q = _checked("cu_q", cu_q, device, (sequences + 1,), like="limits")
+    cu_k = _checked("cu_k", cu_k, device, (sequences + 1,), like="limits")
+    index, stream = _queue(device)
+    size = extension.walk_workspace(passes, passes * intervals, *capacities, of_keys) if index >= 0 else 0
+    workspace = torch.empty(size, dtype=torch.int32, device=device)
+    call = {
+        "device": index,
+        "stream": stream,
+        "workspace": workspace.data_ptr(),
+        "passes": passes,
+        "intervals": intervals,
+        "sequences": sequences,
+        "rows": rows,
+        "tokens": tokens,
+        "limits": limits.data_ptr(),
+        "positions": positions.data_ptr(),
+        "queries": (cu_q.data_ptr(), lengths[0], blocks[0], capacities[0]),
+        "keys": (cu_k.data_ptr(), lengths[1], blocks[1], capacities[1]),
+    }
+    return call, (limits, positions, cu_q, cu_k, workspace)
+
+
 def _loaded() -> types.ModuleType:
     if _extension is None:
         raise RuntimeError(f"moda_kernels: there is no native extension: {_missing}")
@@ -188,13 +289,18 @@ def _loaded() -> types.ModuleType:
 
 
 def _checked(
-    name: str, value: Tensor, device: torch.device, shape: tuple[int, ...], dtype: torch.dtype = torch.int32
+    name: str,
+    value: Tensor,
+    device: torch.device,
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.int32,
+    like: str = "modality",
 ) -> Tensor:
     """A contiguous tensor of this dtype, shape and device; its caller keeps it until the extension has been called."""
     if checks.tensor(name, value).dtype != dtype:
         raise checks.wrong_type(name, f"a tensor of {dtype}", value)
     checks.shape(name, value, shape, "a flat tensor,")
-    checks.same_device(name, value, device, "modality")
+    checks.same_device(name, value, device, like)
     return value.contiguous()
 
 

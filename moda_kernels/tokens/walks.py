@@ -20,13 +20,14 @@ Sizes come from shapes that the host knows; nothing waits for a device. The tile
 that no sum over documents is needed: tile i of document s is ``cu_seqlens[s] // block + s + i``, with gaps.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moda_kernels.runtime import checks
+from moda_kernels.runtime import checks, native
 from moda_kernels.runtime.operators import operator
 
 #: Beyond every position.
@@ -414,23 +415,26 @@ def _key_walk_fake(limits: Tensor, positions: Tensor, *arguments: object) -> lis
     return [limits.new_empty(shape) for shape in shapes]
 
 
-def _query_walk(*arguments: object) -> list[Tensor]:
-    return [t.contiguous() for t in query_walk_torch(*arguments)]  # type: ignore[arg-type]
+def _made(
+    native_walk: Callable[..., tuple[Tensor, ...]], twin: Callable[..., tuple[Tensor, ...]]
+) -> Callable[..., list[Tensor]]:
+    def make(limits: Tensor, positions: Tensor, *arguments: Any) -> list[Tensor]:
+        something = limits.shape[0] > 0 and all(arguments[-4])  # a pass, and tiles on both sides
+        made = native_walk if something and native.runs_on(limits.device) else twin
+        return [t.contiguous() for t in made(limits, positions, *arguments)]
 
-
-def _key_walk(*arguments: object) -> list[Tensor]:
-    return [t.contiguous() for t in key_walk_torch(*arguments)]  # type: ignore[arg-type]
+    return make
 
 
 _op_query_walk = operator(
     "_query_walk(Tensor limits, Tensor positions, Tensor real, Tensor cu_q, Tensor cu_k, SymInt[] capacities, "
     "SymInt[] lengths, int[] blocks, bool affine) -> Tensor[]",
-    _query_walk,
+    _made(native.query_walk, query_walk_torch),
     _query_walk_fake,
 )
 _op_key_walk = operator(
     "_key_walk(Tensor limits, Tensor positions, Tensor cu_q, Tensor cu_k, SymInt[] capacities, SymInt[] lengths, "
     "int[] blocks, int chains) -> Tensor[]",
-    _key_walk,
+    _made(native.key_walk, key_walk_torch),
     _key_walk_fake,
 )
