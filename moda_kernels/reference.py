@@ -106,6 +106,7 @@ def segment_modalities(
         num_modalities=m,
         num_roles=r,
         own_roles=roles is not None,
+        own_chunks=chunks is not None,
         max_segments=room,
         num_segments=made([len(table)], 1),
         prefix=made(prefix, -1, m),
@@ -161,9 +162,9 @@ class DuplexAligner(aligner.DuplexAligner):
     def fused_keys(self, key: Tensor, layout: ModalityLayout) -> Tensor:
         """k' of every key, in the shape of ``key``.
 
-        For token t of modality m: R = Σ k_jᵀ k_j over the other modalities' tokens j of the sequence (scope "causal":
-        those before t), normed; k̂ = k_t R̂; k' = k + ρ ⊙ k̂, or (k + ρ ⊙ k̂) Wᵀ, or [k ; k̂] Wᵀ; with `renorm` times
-        ‖k‖ / ‖k'‖.
+        For token t of modality m: R = Σ k_jᵀ k_j over the other modalities' tokens j of the sequence that have a role
+        whose tokens count (scope "causal": those before t, in no chunk or in its own), normed; k̂ = k_t R̂;
+        k' = k + ρ ⊙ k̂, or (k + ρ ⊙ k̂) Wᵀ, or [k ; k̂] Wᵀ; with `renorm` times ‖k‖ / ‖k'‖.
         """
         tokens = maps.to_tokens("key", key, layout)
         return maps.from_tokens(self._fused(tokens, tokens, layout), layout)
@@ -171,14 +172,21 @@ class DuplexAligner(aligner.DuplexAligner):
     def _fused(self, source: Tensor, tokens: Tensor, layout: ModalityLayout) -> Tensor:
         """k' of `tokens` with Gram sums over `source`, both ``[tokens, H, D]``."""
         modality, sequence = layout.modality.flatten(), layout.sequence.flatten()
-        order = torch.arange(len(tokens), device=tokens.device)
+        order, chunk, role = (
+            torch.arange(len(tokens), device=tokens.device),
+            layout.chunk.flatten(),
+            layout.role.flatten(),
+        )
+        counts = torch.ones_like(order, dtype=torch.bool)
+        if self.source_roles is not None:
+            counts = torch.isin(role, torch.tensor(self.source_roles, device=tokens.device))
         dtype = compute_dtype(source, tokens)
         fused = []
         for t in range(len(tokens)):
             k, m = tokens[t].to(dtype), int(modality[t])
-            other = (modality >= 0) & (modality != m) & (sequence == sequence[t])
+            other = counts & (modality >= 0) & (modality != m) & (sequence == sequence[t])
             if self.scope == "causal":
-                other = other & (order < t)
+                other = other & (order < t) & ((chunk == -1) | (chunk == chunk[t]))
             if m not in self.aligned or not bool(other.any()):
                 fused.append(tokens[t])
                 continue

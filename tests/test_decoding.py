@@ -26,7 +26,7 @@ def full_call(case: Case, tensors: dict[str, Tensor], backend: str, **more: Any)
     layout = more.pop("layout")
     arguments = case._arguments(tensors, layout, {"scale": case.scale, "duplex": case.duplex, "enable_gqa": True})
     if case.mask is not None:
-        arguments["mask"] = case.mask(case.modalities)
+        arguments["mask"] = case.mask((layout or more["state"].layout()).num_roles)
     arguments["is_causal"] = case.is_causal
     qkv = [tensors[name] for name in ("query", "key", "value")]
     return mk.moda_attention(*qkv, return_lse=True, backend=backend, **arguments | more)
@@ -70,6 +70,16 @@ def grown(layout: mk.ModalityLayout, steps: tuple[int, ...]) -> Iterator[tuple[T
         have = after
 
 
+def facts(layout: mk.ModalityLayout, columns: Tensor) -> dict[str, Tensor]:
+    """What was told of some tokens beside their modalities."""
+    told = {"steps": layout.step}
+    if layout.own_roles:
+        told["roles"] = layout.role.clamp(min=0)
+    if layout.own_chunks:
+        told["chunks"] = layout.chunk  # a number of its own for each chunk
+    return {name: fact[..., columns].long() for name, fact in told.items()}
+
+
 def bounds(layout: mk.ModalityLayout, rows: Tensor) -> Tensor:
     """cu_seqlens of some tokens of packed documents."""
     counts = torch.bincount(layout.sequence[rows].long(), minlength=layout.num_sequences)
@@ -84,7 +94,8 @@ def bounds(layout: mk.ModalityLayout, rows: Tensor) -> Tensor:
 def test_every_step_is_a_full_pass(case: Case, backend: str) -> None:
     tensors = case.build(torch.float64, length=24, head_dim=D).tensors
     layout = case.layout(24)
-    key_map_of, state = mapper(case, tensors), mk.DecodeState(case.modalities, undo=0)
+    roles = {"num_roles": layout.num_roles}
+    key_map_of, state = mapper(case, tensors), mk.DecodeState(case.modalities, **roles, undo=0)
     axis = 0 if layout.packed else 2
     seen = 0
     for rows, new in grown(layout, STEPS):
@@ -95,14 +106,14 @@ def test_every_step_is_a_full_pass(case: Case, backend: str) -> None:
         if layout.packed:
             options["cu_seqlens"] = bounds(layout, rows)
         ids = layout.modality[..., rows].long()
-        part = mk.segment_modalities(ids, num_modalities=case.modalities, **options)
+        part = mk.segment_modalities(ids, num_modalities=case.modalities, **options, **roles, **facts(layout, rows))
         out, lse = full_call(case, cut, backend, layout=part)
         if layout.packed:
             newest = torch.isin(rows, new)
-            state.append(layout.modality[new], cu_seqlens=bounds(layout, new))
+            state.append(layout.modality[new], cu_seqlens=bounds(layout, new), **facts(layout, new))
         else:
             newest = torch.arange(len(rows)) >= len(rows) - len(new)
-            state.append(layout.modality[:, new])
+            state.append(layout.modality[:, new], **facts(layout, new))
         assert torch.equal(state.layout().segment, part.segment) and torch.equal(state.layout().prefix, part.prefix)
         if len(new) == 0:
             continue

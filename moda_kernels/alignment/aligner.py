@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moda_kernels import products
-from moda_kernels.alignment.causal import CausalMap
+from moda_kernels.alignment.causal import CausalMap, rest_before
 from moda_kernels.alignment.maps import (
     FUSIONS,
     NORMS,
@@ -24,7 +24,7 @@ from moda_kernels.alignment.maps import (
     token_major,
 )
 from moda_kernels.alignment.memory import DecodeState, LayerState, layer_of
-from moda_kernels.alignment.pieces import Pieces, pieces_of
+from moda_kernels.alignment.pieces import Pieces, counting_groups, pieces_of
 from moda_kernels.runtime import checks
 from moda_kernels.tokens.layout import ModalityLayout
 from moda_kernels.tokens.segments import as_layout
@@ -44,8 +44,10 @@ class DuplexAligner(nn.Module):
             (the paper's best, table 1c).
         norm: "row" (each row of the Gram matrix by its L2 norm, as released) or "frobenius".
         scope: "sequence": Gram sums over the whole sequence (the paper; under a causal mask it lets keys look ahead);
-            "causal": over earlier tokens only (for training with a causal loss, and for decoding).
+            "causal": over earlier tokens only (for training with a causal loss, and for decoding), and of those in
+            chunks over those of a token's own chunk only: answers to one prompt don't know each other.
         aligned: the modalities whose keys are mapped. Default: all.
+        source_roles: the roles whose tokens count in the sums, so that noised copies, say, stay out. Default: all.
         renorm: a mapped key keeps its length: k' is multiplied by ‖k‖ / ‖k'‖. For models with QK-norm,
             whose attention longer keys would sharpen. Such a map does not fold into the query.
 
@@ -68,6 +70,7 @@ class DuplexAligner(nn.Module):
         norm: str = "row",
         scope: str = "sequence",
         aligned: Iterable[int] | None = None,
+        source_roles: Iterable[int] | None = None,
         renorm: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -80,6 +83,7 @@ class DuplexAligner(nn.Module):
         self.scope = checks.choice("scope", scope, SCOPES)
         everything = range(num_modalities) if aligned is None else aligned
         self.aligned = checks.modality_indices("aligned", everything, num_modalities)
+        self.source_roles = None if source_roles is None else _roles(source_roles)
         if not isinstance(renorm, bool):
             raise checks.wrong_type("renorm", "a bool", renorm)
         self.renorm = renorm
@@ -133,6 +137,9 @@ class DuplexAligner(nn.Module):
             raise checks.wrong_value(
                 "layout", f"{self.num_modalities} modalities, as the aligner", layout.num_modalities
             )
+        if self.source_roles and self.source_roles[-1] >= layout.num_roles:
+            expected = f"more than {self.source_roles[-1]} roles, as the aligner's source_roles"
+            raise checks.wrong_value("layout", expected, layout.num_roles)
         tokens = token_major("key", key, layout)
         if tokens.shape[-1] != self.head_dim:
             raise checks.wrong_value("key", f"head size {self.head_dim}, as the aligner", key)
@@ -141,28 +148,30 @@ class DuplexAligner(nn.Module):
         if memory is not None:
             return self._decode(key, layout, memory)
         if self.scope == "causal":
-            return self._causal_map(tokens, pieces_of(layout, self.aligned))
-        gram = products.segment_gram(tokens, tokens, layout.grouping("modality"))
-        return self._sequence_map(gram.unflatten(0, tuple(layout.counts.shape)), layout)
+            return self._causal_map(tokens, pieces_of(layout, self.aligned, self.source_roles))
+        grouping = counting_groups(layout, self.source_roles)
+        gram = products.segment_gram(tokens, tokens, grouping).unflatten(0, tuple(layout.counts.shape))
+        return self._sequence_map(gram, layout, layout)
 
     def _decode(self, key: Tensor, layout: ModalityLayout, memory: LayerState) -> KeyMap:
         """The map from what is remembered and the new keys."""
-        causal, m = self.scope == "causal", self.num_modalities
+        causal, sources = self.scope == "causal", self.source_roles
         begin, end = memory.begin(causal)
         new, part = memory.new_tokens("key", key, begin, end)
         if causal and end < memory.history.length:  # cropped: these are aligned already
-            memory.add(new, new, part.groups("modality"), m, end)
+            memory.add_keys(new, begin, end, sources, causal)
             begin, end = memory.begin(causal)
             new, part = memory.new_tokens("key", key, begin, end)
         if not causal:
-            return self._sequence_map(memory.add(new, new, part.groups("modality"), m, end), layout)
-        before, pieces = memory.gram, memory.pieces(part, begin, end, self.aligned)
+            gram = memory.add_keys(new, begin, end, sources, causal)
+            return self._sequence_map(gram, layout, memory.history.layout())
+        before, pieces = memory.gram, memory.pieces(part, begin, end, self.aligned, sources)
         if before is not None and not part.packed and end - begin == 1:
             fused = self._align_one(new, pieces, before)
         else:
             fused = self._causal_map(new, pieces, before).align(new, part)
         kept = memory.keep(fused, begin, key)
-        memory.add(new, new, part.groups("modality"), m, end)
+        memory.add_keys(new, begin, end, sources, causal)
         return KeptKeys(kept, layout)
 
     def _causal_map(self, tokens: Tensor, pieces: Pieces, before: Tensor | None = None) -> CausalMap:
@@ -180,7 +189,7 @@ class DuplexAligner(nn.Module):
 
         rows, modality = pieces.layout.remember("one token", facts)
         with torch.autocast(tokens.device.type, enabled=False):
-            rest = normed(sum_of_others(before)[rows, modality], self.norm)
+            rest = normed(rest_before(before, rows, modality, pieces.continues), self.norm)
             ratio, weight = (None if p is None else p.to(before.dtype)[modality] for p in (self.ratio, self.weight))
             matrix = fused_matrix(rest, ratio, weight, self.fusion)
             wide = tokens.to(before.dtype)
@@ -189,12 +198,15 @@ class DuplexAligner(nn.Module):
                 fused = renormed(fused, wide)
         return torch.where(pieces.mapped[:, None, None], fused.to(tokens.dtype), tokens)
 
-    def _sequence_map(self, gram: Tensor, layout: ModalityLayout) -> ModalityMap:
-        """The map from Gram sums ``[N, M, Hkv, D, D]`` over whole sequences."""
+    def _sequence_map(self, gram: Tensor, layout: ModalityLayout, whole: ModalityLayout) -> ModalityMap:
+        """The map from Gram sums ``[N, M, Hkv, D, D]`` over whole sequences, for keys of a layout."""
         with torch.autocast(gram.device.type, enabled=False):
             ratio, weight = (None if p is None else p.to(gram.dtype) for p in (self.ratio, self.weight))
             matrix = fused_matrix(normed(sum_of_others(gram), self.norm), ratio, weight, self.fusion)
-        mapped = (layout.counts.sum(1, keepdim=True) > layout.counts) & layout.chosen(self.aligned)
+        counts = whole.counts
+        if self.source_roles is not None:
+            counts = counting_groups(whole, self.source_roles).groups[:, 1].view(counts.shape)
+        mapped = (counts.sum(1, keepdim=True) > counts) & layout.chosen(self.aligned)
         identity = torch.eye(self.head_dim, dtype=gram.dtype, device=gram.device)
         matrix = torch.where(mapped[..., None, None, None], matrix, identity)
         return ModalityMap(matrix, mapped, None, layout, self.renorm)
@@ -202,5 +214,15 @@ class DuplexAligner(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"head_dim={self.head_dim}, num_modalities={self.num_modalities}, fusion={self.fusion!r}, "
-            f"norm={self.norm!r}, scope={self.scope!r}, aligned={self.aligned}, renorm={self.renorm}"
+            f"norm={self.norm!r}, scope={self.scope!r}, aligned={self.aligned}, source_roles={self.source_roles}, "
+            f"renorm={self.renorm}"
         )
+
+
+def _roles(roles: Iterable[int]) -> tuple[int, ...]:
+    if not isinstance(roles, Iterable):
+        raise checks.wrong_type("source_roles", "an iterable of roles", roles)
+    found = tuple(sorted({checks.integer("source_roles (an entry)", role, 0) for role in roles}))
+    if not found:
+        raise checks.wrong_value("source_roles", "at least one role (None: all)", "none")
+    return found

@@ -36,7 +36,8 @@ class CausalMap(KeyMap):
         layout: their layout. pieces: of it.
         ratio, weight, fusion, norm, renorm: the aligner's.
         size: pieces per block. Default: all at once where that is small.
-        before: Gram sums ``[N, M, Hkv, D, D]`` over tokens that stand before these (while decoding).
+        before: Gram sums ``[N, C, Hkv, D, D]`` over tokens that stand before these (while decoding), C being
+            `pieces.carried`.
     """
 
     source: Tensor
@@ -111,8 +112,8 @@ class CausalMap(KeyMap):
             return torch.where(block.is_mapped[:, None, None, None], matrix, identity)
 
     def _nothing(self) -> Tensor:
-        """Gram sums over no tokens, ``[M, Hkv, D, D]``."""
-        shape = self.layout.num_modalities, self.num_heads, self.head_dim, self.head_dim
+        """Gram sums over no tokens, ``[C, Hkv, D, D]``."""
+        shape = self.pieces.carried, self.num_heads, self.head_dim, self.head_dim
         return torch.zeros(shape, dtype=compute_dtype(self.source), device=self.source.device)
 
     def _block_size(self) -> int | None:
@@ -127,7 +128,7 @@ class CausalMap(KeyMap):
         self, running: Tensor | None, source: Tensor, key: Tensor, block: Block, keep: bool = True
     ) -> tuple[Tensor, Tensor]:
         """Fused keys of the pieces of a block (keep: and the other keys as they are), after tokens with the Gram sums
-        `running` ``[M, Hkv, D, D]``, and the sums after them."""
+        `running` ``[C, Hkv, D, D]``, and the sums after them."""
         gram = products.segment_gram(source, source, block.grouping)
         matrix, running = self._matrices(running, gram, block)
         return projected(key, matrix, block.mapped, block.of_mapped, renorm=self.renorm, keep=keep), running
@@ -142,7 +143,7 @@ class CausalMap(KeyMap):
             sums = _named_sums(block.names, torch.cat((running, gram)))
             rest, after = sums[:count], sums[count:].clone()  # a copy, since a view would keep all sums
         if self.before is not None:
-            rest = rest + sum_of_others(self.before)[block.sequence, block.modality]
+            rest = rest + rest_before(self.before, block.sequence, block.modality, block.continues)
         ratio, weight = (
             None if p is None else p.to(gram.dtype).index_select(0, block.modality) for p in (self.ratio, self.weight)
         )
@@ -157,3 +158,12 @@ def _named_sums(names: Tensor, gram: Tensor) -> Tensor:
     total = names.to(gram.dtype) @ flat.masked_fill(broken[:, None], 0)
     total = total.masked_fill((names & broken).any(1, keepdim=True), float("nan"))
     return total.view(names.shape[0], *gram.shape[1:])
+
+
+def rest_before(before: Tensor, sequence: Tensor, modality: Tensor, continues: Tensor | None) -> Tensor:
+    """R ``[K, Hkv, D, D]`` of pieces from sums ``[N, C, Hkv, D, D]`` over tokens before: per modality those in no
+    chunk, then those of the chunk in progress, for the pieces that continue it."""
+    if continues is None:
+        return sum_of_others(before)[sequence, modality]
+    free, own = (sum_of_others(sums)[sequence, modality] for sums in before.chunk(2, 1))
+    return free + own.masked_fill(~continues[:, None, None, None], 0)

@@ -155,8 +155,8 @@ class KeyMap(abc.ABC):
         fits = (mine.shape, mine.device, self.num_modalities) == (theirs.shape, theirs.device, layout.num_modalities)
         # On CUDA values are not looked at.
         if fits and checks.looks_at_values(mine.device):
-            fits = torch.equal(self.layout.segment, layout.segment) and torch.equal(mine, theirs)
-            fits = fits and torch.equal(self.layout.cu_seqlens, layout.cu_seqlens)
+            names = ("segment", "modality", "role", "chunk", "cu_seqlens")
+            fits = all(torch.equal(getattr(self.layout, name), getattr(layout, name)) for name in names)
         if not fits:
             raise checks.wrong_value("key_map", f"a map made with {layout!r}", f"one made with {self.layout!r}")
 

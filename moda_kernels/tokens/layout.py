@@ -50,7 +50,7 @@ class ModalityLayout:
         cu_seqlens: int32 ``[N + 1]``, first token of each sequence in the flattened batch.
         num_modalities: M.
         num_roles: R.
-        own_roles: whether roles were given.
+        own_roles, own_chunks: whether roles, or chunks, were given.
         max_segments: an upper bound of the number of segments, known on the host.
         num_segments: int32 ``[1]`` on the layout's device, the number of segments.
         prefix: int32 ``[tokens + 1, M]``, how many tokens of each modality stand before a token in memory order.
@@ -70,6 +70,7 @@ class ModalityLayout:
     num_modalities: int
     num_roles: int
     own_roles: bool
+    own_chunks: bool
     max_segments: int
     num_segments: Tensor
     prefix: Tensor

@@ -131,6 +131,7 @@ def segment_modalities(
         num_modalities=num_modalities,
         num_roles=num_roles,
         own_roles=roles is not None,
+        own_chunks=chunks is not None,
         max_segments=max_segments,
         num_segments=num_segments,
         prefix=prefix,

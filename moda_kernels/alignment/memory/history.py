@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from moda_kernels.alignment.memory.documents import bounds_of, merged, scattered
+from moda_kernels.alignment.pieces import counting
 from moda_kernels.runtime import checks
 from moda_kernels.tokens.layout import ModalityLayout
-from moda_kernels.tokens.mask import ModularMask
+from moda_kernels.tokens.mask import ModularMask, Visibility
 from moda_kernels.tokens.segments import segment_modalities
 
 #: Rows of `History.told`.
-IDS, ITEMS = range(2)
+IDS, ITEMS, ROLES, STEPS, CHUNKS = range(5)
 #: What they are of padding.
-UNTOLD = (-1, 0)
+UNTOLD = (-1, 0, 0, 0, -1)
 
 
 class Place(NamedTuple):
@@ -38,17 +39,27 @@ class Moved(NamedTuple):
     before: int
 
 
+class Sums(NamedTuple):
+    """Where new tokens go: group int64 ``[tokens]``, sequence · 2 M + modality (+ M in the chunk in progress), -1: into
+    no sum; and bool ``[N]``, whether the chunk in progress before them still is."""
+
+    group: Tensor
+    stays: Tensor
+
+
 class History:
     """Tokens so far; see :class:`DecodeState`, whose arguments and errors these are.
 
     Attributes:
-        told: int64 ``[2, B, L]``, packed ``[2, T]``: ids and items; None before the first append.
+        told: int64 ``[5, B, L]``, packed ``[5, T]``: ids, items, roles, steps, chunks; None before the first append.
+        own_roles, own_steps, own_chunks: whether these were ever told.
         bounds, new_bounds: packed: cu_seqlens of all tokens and of the last append's.
         newest: tokens of the last append.
     """
 
-    def __init__(self, num_modalities: int, undo: int) -> None:
-        self.num_modalities, self.undo = num_modalities, undo
+    def __init__(self, num_modalities: int, num_roles: int, undo: int) -> None:
+        self.num_modalities, self.num_roles, self.undo = num_modalities, num_roles, undo
+        self.own_roles = self.own_steps = self.own_chunks = False
         self.told: Tensor | None = None
         self.bounds: Tensor | None = None
         self.new_bounds: Tensor | None = None
@@ -66,41 +77,51 @@ class History:
 
     # What `DecodeState` does
 
-    def append(self, modality_ids: Tensor, item_ids: Tensor | None, cu_seqlens: Tensor | None) -> ModalityLayout:
+    def append(self, modality_ids: Tensor, cu_seqlens: Tensor | None, **given: Tensor | None) -> ModalityLayout:
+        """`given`: item_ids, roles, steps and chunks."""
         shape = checks.integer_tensor("modality_ids", modality_ids).shape
-        items = torch.zeros_like(modality_ids) if item_ids is None else item_ids
+        own = {name: given[name] is not None for name in ("roles", "steps", "chunks")}
         # Checks everything that is new.
-        chunk = segment_modalities(
-            modality_ids, num_modalities=self.num_modalities, item_ids=items, cu_seqlens=cu_seqlens,
-            max_segments=None if self.told is None or modality_ids.device.type == "cpu" else modality_ids.numel(),
+        new = segment_modalities(
+            modality_ids, num_modalities=self.num_modalities, cu_seqlens=cu_seqlens, **given,
+            num_roles=self.num_roles if own["roles"] else None,
+            max_segments=None if modality_ids.device.type == "cpu" else modality_ids.numel(),
         )  # fmt: skip
-        bounds = None
-        told = torch.stack((modality_ids.long(), items.long()))
-        if self.told is None:
-            bounds = chunk.cu_seqlens if chunk.packed else None
-            self._room = chunk.max_segments
-        else:
+        zeros, none = torch.zeros_like(modality_ids), torch.full_like(modality_ids, -1)
+        defaults = {"item_ids": zeros, "roles": modality_ids, "steps": zeros, "chunks": none}
+        facts = [given[name] for name in defaults]
+        rest = [d if fact is None else fact for fact, d in zip(facts, defaults.values(), strict=True)]
+        told = torch.stack([fact.long() for fact in (modality_ids, *rest)])
+        bounds = new.cu_seqlens if new.packed else None
+        if self.told is not None:
             checks.same_device("modality_ids", told, self.told.device, "what was appended before")
-            if chunk.packed != self.packed:
+            if new.packed != self.packed:
                 kind = "packed documents" if self.packed else "a batch"
                 raise checks.wrong_value("modality_ids", f"{kind}, as appended before", modality_ids)
-            if not chunk.packed and shape[0] != self.told.shape[1]:
+            if not new.packed and shape[0] != self.told.shape[1]:
                 expected = f"[B, n] with B = {self.told.shape[1]}, as before"
                 raise checks.wrong_value("modality_ids", expected, modality_ids)
             if self.bounds is not None:
-                if chunk.cu_seqlens.shape != self.bounds.shape:
+                if new.cu_seqlens.shape != self.bounds.shape:
                     documents = self.bounds.numel() - 1
-                    raise checks.wrong_value("cu_seqlens", f"[N + 1] with N = {documents}, as before", chunk.cu_seqlens)
-                bounds = self.bounds + chunk.cu_seqlens
-                old, new = merged(self.bounds, bounds, 0), merged(chunk.cu_seqlens, bounds, 1)
-                told = scattered(self.told.T, told.T, old, new).T
+                    raise checks.wrong_value("cu_seqlens", f"[N + 1] with N = {documents}, as before", new.cu_seqlens)
+                bounds = self.bounds + new.cu_seqlens
+                rows = merged(self.bounds, bounds, 0), merged(new.cu_seqlens, bounds, 1)
+                told = scattered(self.told.T, told.T, *rows).T
             else:
                 told = torch.cat((self.told, told), 2)
-            self._room += modality_ids.numel() if chunk.packed else shape[1]
+        before = dict(vars(self))
         self.told, self.bounds = told, bounds
-        self.new_bounds, self.newest = chunk.cu_seqlens, shape[-1]
-        self._layouts.clear()
-        return self.layout()
+        self.own_roles, self.own_steps = self.own_roles or own["roles"], self.own_steps or own["steps"]
+        self.own_chunks = self.own_chunks or own["chunks"]
+        self._room += modality_ids.numel() if new.packed else shape[1]
+        self.new_bounds, self.newest = new.cu_seqlens, shape[-1]
+        self._layouts = {}
+        try:
+            return self.layout()  # where steps may turn out to fall
+        except ValueError:
+            vars(self).update(before)
+            raise
 
     def layout(self, columns: int | None = None) -> ModalityLayout:
         told = self._told()
@@ -147,7 +168,7 @@ class History:
         columns = own.modality.shape[1]
         missing = self.length - columns
         if missing > 0 and rows > 0:
-            known = (ModularMask.causal if is_causal else ModularMask.full)(self.num_modalities)
+            known = (ModularMask.causal if is_causal else ModularMask.full)(self.num_roles)
             self._check_missing(known if mask is None else mask, columns, rows)
         return Place(own, min(self.length, columns) - rows, None)
 
@@ -168,7 +189,7 @@ class History:
             self.bounds, self.new_bounds = (bounds_of(n) for n in (lengths, newest))
             self.newest = int(newest.sum())
         self.told = self.told.index_select(1, rows)
-        self._layouts.clear()
+        self._layouts = {}
         return Moved(sequences, rows, before)
 
     def crop(self, length: int | Tensor) -> bool:
@@ -195,7 +216,7 @@ class History:
         else:
             self.newest = max(self.newest - (self.length - length), 0)
             self.told = self.told[:, :, :length]
-        self._layouts.clear()
+        self._layouts = {}
         return True
 
     # What layers ask
@@ -232,6 +253,47 @@ class History:
             return x[merged(self.new_bounds, self.bounds, 1)]
         return x.view(-1, self.length)[:, begin:end].flatten()
 
+    def sums(self, begin: int, end: int, first: int, last: int, sources: tuple[int, ...] | None) -> "Sums":
+        """Which sums the tokens first…last-1 of a part begin…end-1 belong to, for the causal scope between chunks
+        (packed: those of the last append, or all)."""
+        whole = self.layout()
+        sequence, chunk = whole.sequence.flatten().long(), whole.chunk.flatten().long()
+        start = whole.cu_seqlens[:-1].long()
+        column = torch.arange(whole.num_tokens, device=whole.device) - start[sequence]
+        here = (column >= first) & (column < last)
+        # Where each sequence has the first of these tokens, and its chunk at the last of them.
+        at = torch.full_like(start, first)
+        if self.bounds is not None:
+            assert self.new_bounds is not None
+            at = (self.bounds.diff() - self.new_bounds.diff()).long() * (begin > 0)
+            here = column >= at[sequence]
+        real = (whole.modality.flatten() >= 0) & (here | (column < at[sequence]))
+        place = torch.where(real, torch.arange(whole.num_tokens, device=whole.device), -1)
+        latest = torch.full_like(start, -1).scatter_reduce(0, sequence, place, "amax")
+        in_progress = torch.where(latest >= 0, chunk[latest.clamp(min=0)], -1)
+        in_progress = torch.where(in_progress >= 0, in_progress, -2)  # equal to no chunk
+
+        m = self.num_modalities
+        group = sequence * 2 * m + whole.modality.flatten().clamp(min=0)
+        belongs = here & counting(whole, sources)
+        free, own = belongs & (chunk < 0), belongs & (chunk == in_progress[sequence])
+        group = torch.where(free, group, torch.where(own, group + m, -1))
+        stays = (in_progress >= 0) & (in_progress - start < at)
+        return Sums(self.of_part(group, begin, end), stays)
+
+    def continues(self, begin: int, end: int) -> Tensor | None:
+        """bool ``[tokens]`` of a part: whether a token's chunk began before it; None: there are no chunks."""
+        if not self.own_chunks:
+            return None
+        whole = self.layout()
+        sequence, chunk = whole.sequence.flatten().long(), whole.chunk.flatten().long()
+        at: int | Tensor = begin
+        if self.bounds is not None:
+            assert self.new_bounds is not None
+            at = ((self.bounds.diff() - self.new_bounds.diff()).long() * (begin > 0))[sequence]
+        continues = (chunk >= 0) & (chunk - whole.cu_seqlens[:-1].long()[sequence] < at)
+        return self.of_part(continues, begin, end)
+
     def _told(self) -> Tensor:
         if self.told is None:
             raise checks.wrong_value("state", "tokens (call state.append(modality_ids) first)", "an empty DecodeState")
@@ -243,8 +305,12 @@ class History:
             sequences = ids.shape[0] if bounds is None else bounds.numel() - 1
             room = min(self._room * sequences, ids.numel())
         return segment_modalities(
-            ids, num_modalities=self.num_modalities, item_ids=told[ITEMS], cu_seqlens=bounds, max_segments=room
-        )
+            ids, num_modalities=self.num_modalities, item_ids=told[ITEMS], cu_seqlens=bounds, max_segments=room,
+            num_roles=self.num_roles if self.own_roles else None,
+            roles=told[ROLES] if self.own_roles else None,
+            steps=told[STEPS] if self.own_steps else None,
+            chunks=told[CHUNKS] if self.own_chunks else None,
+        )  # fmt: skip
 
     def _check_missing(self, mask: ModularMask, columns: int, rows: int) -> None:
         """Raise where a query of the last `rows` sees keys before the cache's `columns` last ones. On CUDA, where
@@ -254,7 +320,8 @@ class History:
 
         def seen() -> bool:
             if full.device.type != "cpu":
-                return mask.window is None
+                everything = any(rule & Visibility.ALL for row in mask.rules for rule in row)
+                return mask.window is None or (everything and mask.window_on == "past")
             queries = full.queries(rows, self.length - rows)
             return bool(mask.visible_to(full, queries)[..., :missing].any())
 

@@ -2,14 +2,15 @@
 
 import dataclasses
 from collections import deque
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from moda_kernels import products
 from moda_kernels.alignment.memory.documents import merged, scattered
-from moda_kernels.alignment.memory.history import History, Moved
-from moda_kernels.alignment.pieces import Pieces, mapped_tokens, pieces_of
+from moda_kernels.alignment.memory.history import History, Moved, Sums
+from moda_kernels.alignment.pieces import Pieces, counting, mapped_tokens, pieces_of
 from moda_kernels.runtime import checks
 from moda_kernels.tokens.layout import ModalityLayout
 
@@ -21,8 +22,10 @@ class LayerState:
     """What one attention layer remembers: ``state[i]`` of a :class:`DecodeState`.
 
     Attributes:
-        gram: running Gram sums per modality, float32 (float64), ``[N, M, Hkv, D, D]`` (for `gram_affinity`, too); of
-            the released variant ``[N, 1, Hkv, D, D]``. None before the first call.
+        gram: running Gram sums per modality over the tokens that count, float32 (float64), ``[N, M, Hkv, D, D]`` (for
+            `gram_affinity`, too); of the released variant ``[N, 1, Hkv, D, D]``; with the causal scope and chunks ``[N,
+            2 M, Hkv, D, D]``, first of tokens in no chunk, then of those of the chunk in progress. None before the
+            first call.
     """
 
     def __init__(self, history: History) -> None:
@@ -82,38 +85,73 @@ class LayerState:
             )
         return cached[:, :, begin - gone : end - gone].transpose(1, 2).flatten(0, 1), part
 
-    def pieces(self, part: ModalityLayout, begin: int, end: int, aligned: tuple[int, ...]) -> Pieces:
+    def pieces(
+        self, part: ModalityLayout, begin: int, end: int, aligned: tuple[int, ...], sources: tuple[int, ...] | None
+    ) -> Pieces:
         """The pieces of tokens begin…end-1, whose layout this is, after those that are summed already."""
+        history = self.history
 
         def make() -> Pieces:
-            whole = mapped_tokens(self.history.layout(), aligned)
-            return dataclasses.replace(pieces_of(part, aligned), mapped=self.history.of_part(whole, begin, end))
+            mapped = history.of_part(mapped_tokens(history.layout(), aligned, sources), begin, end)
+            continues = history.continues(begin, end)
+            return dataclasses.replace(pieces_of(part, aligned, sources), mapped=mapped, continues=continues)
 
-        return part.remember(("pieces after", aligned), make)
+        return part.remember(("pieces after", aligned, sources), make)
 
-    def add(self, x: Tensor, y: Tensor, group: Tensor, groups: int, end: int) -> Tensor:
-        """Σ x_tᵀ y_t ``[N, G, H, D, E]`` so far, with new tokens ``[tokens, H, D]``; group int64 ``[tokens]``:
-        sequence · G + which, -1: none."""
+    def add_keys(self, x: Tensor, begin: int, end: int, sources: tuple[int, ...] | None, causal: bool) -> Tensor:
+        """`gram` with the keys ``[tokens, H, D]`` of tokens begin…end-1."""
+        history, m = self.history, self.history.num_modalities
+        part = history.part(begin, end)
+        if not (causal and history.own_chunks):
+
+            def plain() -> Tensor:
+                return torch.where(counting(part, sources), part.groups("modality"), -1)
+
+            return self.add(x, x, part.remember(("sums", sources), plain), m, end)
+        if self.gram is not None and self.gram.shape[1] == m:  # no chunks so far
+            self.gram = torch.cat((self.gram, torch.zeros_like(self.gram)), 1)
+
+        def sums(first: int, last: int) -> Sums:
+            return part.remember(("sums", sources, first, last), lambda: history.sums(begin, end, first, last, sources))
+
+        return self.add(x, x, sums, 2 * m, end)
+
+    def add(self, x: Tensor, y: Tensor, group: Tensor | Callable[[int, int], Sums], groups: int, end: int) -> Tensor:
+        """Σ x_tᵀ y_t ``[N, G, H, D, E]`` so far, with new tokens ``[tokens, H, D]``.
+
+        Args:
+            group: int64 ``[tokens]``: sequence · G + which, -1: none; or, where there are chunks, from the first and
+                last + 1 of some tokens to where they go.
+        """
         n, begin, undo = self.history.layout().num_sequences, self._summed, self.history.undo
 
-        def plus(before: Tensor | None, group: Tensor) -> Tensor:
+        def plus(before: Tensor | None, group: Tensor | Callable[[int, int], Sums], first: int, last: int) -> Tensor:
+            if callable(group):
+                group, stays = group(first, last)
+                if before is not None:
+                    free, own = before.chunk(2, 1)
+                    before = torch.cat((free, own.masked_fill(~stays[:, None, None, None, None], 0)), 1)
+            elif (first, last) != (begin, end):
+                column = torch.arange(begin, end, device=x.device).repeat(n)
+                group = torch.where((column >= first) & (column < last), group, -1)
+            if before is not None and not self.history.packed and last - first == 1 == end - begin:
+                return _plus_outer(before, x, y, group)
             new: Tensor = products.segment_gram(x, y, group, n * groups).unflatten(0, (n, groups))
             return new if before is None else before + new
 
         if self.history.packed:
-            self.gram = plus(self.gram, group)
+            self.gram = plus(self.gram, group, begin, end)
         elif self.gram is not None and end - begin == 1:
             if not self._before or begin - self._before[-1][0] >= undo:
                 self._before.append((begin, self.gram))
-            self.gram = _plus_outer(self.gram, x, y, group)
+            self.gram = plus(self.gram, group, begin, end)
         else:
             # A copy of the sums at most `undo` tokens back.
             cut = max(begin, end - undo)
             if begin < cut < end:
-                late = (torch.arange(begin, end, device=x.device) >= cut).repeat(n)
-                self.gram, group = plus(self.gram, torch.where(late, -1, group)), torch.where(late, group, -1)
+                self.gram = plus(self.gram, group, begin, cut)
             self._before.append((cut, self.gram))
-            self.gram = plus(self.gram, group)
+            self.gram = plus(self.gram, group, cut if begin < cut < end else begin, end)
         self._summed = end
         return self.gram
 

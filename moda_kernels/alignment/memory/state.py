@@ -33,8 +33,11 @@ class DecodeState:
     Packed layouts (``cu_seqlens``) have the new tokens at the end of each document, so keys and values are to be put
     there, too.
 
+    Answers to one prompt that are decoded at the same time take a row each.
+
     Args:
         num_modalities: M.
+        num_roles: R, where tokens have roles of their own. Default: M.
         undo: so many of the last tokens :meth:`crop` takes back without reading all keys again, by up to two older
             copies of the Gram sums (M·Hkv·D² numbers each, per sequence and layer). Has to be less than the window of a
             sliding cache. Not for packed documents.
@@ -45,10 +48,10 @@ class DecodeState:
     A state belongs to one set of weights: make a new one for each prompt, and after each optimiser step.
     """
 
-    def __init__(self, num_modalities: int, *, undo: int = 32) -> None:
-        self.history = History(
-            checks.integer("num_modalities", num_modalities, 1), undo=checks.integer("undo", undo, 0)
-        )
+    def __init__(self, num_modalities: int, *, num_roles: int | None = None, undo: int = 32) -> None:
+        checks.integer("num_modalities", num_modalities, 1)
+        roles = num_modalities if num_roles is None else checks.integer("num_roles", num_roles, 1)
+        self.history = History(num_modalities, roles, checks.integer("undo", undo, 0))
         self._layers: dict[int, LayerState] = {}
 
     @property
@@ -73,14 +76,23 @@ class DecodeState:
         return self._layers.setdefault(layer, LayerState(self.history))
 
     def append(
-        self, modality_ids: Tensor, *, item_ids: Tensor | None = None, cu_seqlens: Tensor | None = None
+        self,
+        modality_ids: Tensor,
+        *,
+        item_ids: Tensor | None = None,
+        roles: Tensor | None = None,
+        steps: Tensor | None = None,
+        chunks: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> ModalityLayout:
         """Say what the new tokens are: once per step, before the layers run.
 
         Args:
             modality_ids: integer ``[B, n]``, or ``[n]`` with ``cu_seqlens``: 0…M-1, or -1 for padding, which is also
                 what a sequence without a new token gets.
-            item_ids: as in :func:`segment_modalities`; where they are left out, they are 0.
+            item_ids, roles, steps, chunks: as in :func:`segment_modalities`. Where they are left out, items and steps
+                are 0, roles are the modalities, and tokens are in no chunk. A chunk goes on where the last token before
+                had the same number.
             cu_seqlens: packed documents: integer ``[N + 1]``, which new tokens are of which document.
 
         Returns:
@@ -90,7 +102,7 @@ class DecodeState:
             ValueError, TypeError: as :func:`segment_modalities`; another batch size, number of documents or device than
                 before. The state is then as it was.
         """
-        return self.history.append(modality_ids, item_ids, cu_seqlens)
+        return self.history.append(modality_ids, cu_seqlens, item_ids=item_ids, roles=roles, steps=steps, chunks=chunks)
 
     def layout(self, columns: int | None = None) -> ModalityLayout:
         """The layout of the keys that a cache of so many columns holds.
