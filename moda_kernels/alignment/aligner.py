@@ -165,7 +165,7 @@ class DuplexAligner(nn.Module):
         if not causal:
             gram = memory.add_keys(new, begin, end, sources, causal)
             return self._sequence_map(gram, layout, memory.history.layout())
-        before, pieces = memory.gram, memory.pieces(part, begin, end, self.aligned, sources)
+        before, pieces = memory.before(), memory.pieces(part, begin, end, self.aligned, sources)
         if before is not None and not part.packed and end - begin == 1:
             fused = self._align_one(new, pieces, before)
         else:

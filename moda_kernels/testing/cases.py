@@ -186,7 +186,7 @@ class Case:
             packed: "default" (cu_seqlens_q).
         pseudo: arguments of PseudoAttention; base and decay become tensors [Hq] where they are None.
         bias: "own" ([N, Hq, M, M]) or "shared" ([1, 1, M, M]).
-        fusion, scope, norm, aligned, renorm: the aligner's; fusion "released" is the released map.
+        fusion, scope, norm, aligned, renorm, source_roles: the aligner's; fusion "released" is the released map.
         attn_mask: "bool", "float" (differentiable) or "fixed" (a float mask without gradient). weights: branch weights
             as tensors. value_dim: relative to the head size.
     """
@@ -212,6 +212,7 @@ class Case:
     norm: str = "row"
     aligned: tuple[int, ...] | None = None
     renorm: bool = False
+    source_roles: tuple[int, ...] | None = None
     attn_mask: str | None = None
     weights: bool = False
     value_dim: float = 1
@@ -354,6 +355,7 @@ class Case:
                 scope=self.scope,
                 aligned=self.aligned,
                 renorm=self.renorm,
+                source_roles=self.source_roles,
                 device=tensors["key"].device,
             )
             parameters: dict[str, Tensor] = {name: tensors[name] for name in ("ratio", "weight") if name in tensors}
@@ -463,6 +465,11 @@ CASES: tuple[Case, ...] = (
     Case("key_map_one_aligned", fusion="linear", aligned=(1,), duplex="split"),
     Case("key_map_renorm", fusion="concat", renorm=True, modalities=3, group=2, padding=("right", "middle")),
     Case("key_map_renorm_causal", fusion="add", scope="causal", renorm=True, longest=6),
+    Case("roles_source", roles=2, fusion="add", source_roles=(1,), longest=5, padding=("middle", "none")),
+    Case(
+        "packed_chunks_source", packed=True, roles=2, chunks=True, modalities=3, fusion="concat", scope="causal",
+        source_roles=(0,), longest=4,
+    ),
     Case("key_map_released", fusion="released", padding=("right", "middle")),
     # Fewer queries than keys
     Case("queries_last", _within, queries="default", padding=("left", "none"), group=2),

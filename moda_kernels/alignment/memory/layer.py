@@ -98,6 +98,13 @@ class LayerState:
 
         return part.remember(("pieces after", aligned, sources), make)
 
+    def before(self) -> Tensor | None:
+        """`gram` of the causal scope, with room for a chunk in progress where there are chunks."""
+        gram, history = self.gram, self.history
+        if gram is not None and history.own_chunks and gram.shape[1] == history.num_modalities:  # no chunks so far
+            return torch.cat((gram, torch.zeros_like(gram)), 1)
+        return gram
+
     def add_keys(self, x: Tensor, begin: int, end: int, sources: tuple[int, ...] | None, causal: bool) -> Tensor:
         """`gram` with the keys ``[tokens, H, D]`` of tokens begin…end-1."""
         history, m = self.history, self.history.num_modalities
@@ -108,8 +115,7 @@ class LayerState:
                 return torch.where(counting(part, sources), part.groups("modality"), -1)
 
             return self.add(x, x, part.remember(("sums", sources), plain), m, end)
-        if self.gram is not None and self.gram.shape[1] == m:  # no chunks so far
-            self.gram = torch.cat((self.gram, torch.zeros_like(self.gram)), 1)
+        self.gram = self.before()
 
         def sums(first: int, last: int) -> Sums:
             return part.remember(("sums", sources, first, last), lambda: history.sums(begin, end, first, last, sources))
