@@ -9,8 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import moda_kernels as mk
-from moda_kernels.testing import generator
+from moda_kernels.commands.bench.layouts import LAYOUTS, make_workload
+from moda_kernels.testing import generator, random_layout, random_mask
 from moda_kernels.tokens import tiles, walks
+from moda_kernels.tokens.intervals import passes_of
+from moda_kernels.tokens.layout import QueryRows
+from moda_kernels.tokens.tiles import MaskTiles
 from moda_kernels.tokens.walks import KeyWalk, QueryWalk
 
 FAR = 2**31 - 1
@@ -206,8 +210,14 @@ class Count:
 
 
 def check(case: Case, block_q: int, block_k: int, affine: bool = False, chains: int = walks.CHAINS) -> Count:
+    made = case.query_walk(block_q, block_k, affine), case.key_walk(block_q, block_k, chains)
+    return check_made(case, *made, block_q, block_k, affine, chains)
+
+
+def check_made(
+    case: Case, of_queries: QueryWalk, of_keys: KeyWalk, block_q: int, block_k: int, affine: bool, chains: int
+) -> Count:
     """Both directions against the dense mask."""
-    of_queries, of_keys = case.query_walk(block_q, block_k, affine), case.key_walk(block_q, block_k, chains)
     assert all(t.dtype == torch.int32 and t.is_contiguous() for t in (*of_queries, *of_keys))
     assert_cut(of_queries.tiles, case.cu_q, block_q)
     assert_cut(of_keys.tiles, case.cu_k, block_k)
@@ -247,6 +257,77 @@ def test_random_intervals(seed: int) -> None:
 # Of masks
 
 
+def of_mask(layout: mk.ModalityLayout, queries: QueryRows, made: MaskTiles) -> Case:
+    real = (queries.of(layout.modality) >= 0).flatten()
+    return Case(made.limits, made.positions, real, queries.cu_seqlens, layout.cu_seqlens, queries.shape,
+                tuple(layout.modality.shape))  # fmt: skip
+
+
+def check_mask(
+    layout: mk.ModalityLayout, mask: mk.ModularMask, queries: QueryRows, blocks: tuple[int, int], **passes: bool
+) -> Count:
+    """The walks of a mask: together they meet what it makes visible, each pair once."""
+    made = tiles.mask_tiles(layout, mask, *blocks, queries, **passes)
+    assert made.queries is not None and made.keys is not None
+    case = of_mask(layout, queries, made)
+    met = torch.zeros(len(case.real), layout.num_tokens, dtype=torch.int)
+    for walk in range(len(made.queries.runs)):
+        met += case.seen(walk)
+    seen = mask.visible_to(layout, queries)
+    if not layout.packed:
+        seen = torch.block_diag(*seen.int()) if len(seen) else torch.zeros(0, 0)
+    assert torch.equal(met, seen.int().view(met.shape))
+    return check_made(case, made.queries, made.keys, *blocks, is_affine(layout, mask, passes), walks.CHAINS)
+
+
+def is_affine(layout: mk.ModalityLayout, mask: mk.ModularMask, passes: dict[str, bool]) -> bool:
+    """Whether every key is in the only pass, whatever the data."""
+    (only, *others) = passes_of(layout, mask, **passes).passes or (None,)
+    return not others and only is not None and only.modality is None and len(only.roles) == layout.num_roles
+
+
+def some_queries(layout: mk.ModalityLayout, g: torch.Generator) -> QueryRows:
+    def below(n: int) -> int:
+        return int(torch.randint(n, (), generator=g))
+
+    if layout.packed:
+        cu_q = torch.tensor([0, *(below(n + 1) for n in layout.cu_seqlens.diff().tolist())]).cumsum(0).int()
+        return layout.queries(int(cu_q[-1]), None, cu_q)
+    keys = layout.modality.shape[1]
+    rows = below(keys + 1)
+    return layout.queries(rows, [None, below(keys - rows + 1)][below(2)])
+
+
+def test_random_masks() -> None:
+    """200 layouts and masks with all that there is. What is met in vain: less than one of a hundred."""
+    exact = of_queries = of_keys = whole = found = 0
+    for seed in range(200):
+        g = generator(seed)
+        layout = random_layout(g, most=(40, 200)[seed % 2])
+        mask = random_mask(g, layout.num_roles)
+        queries = some_queries(layout, g) if seed % 3 == 0 else layout.queries()
+        passes = {"split": seed % 5 == 0, "by_modality": seed % 5 == 1}
+        count = check_mask(layout, mask, queries, BLOCKS[seed % len(BLOCKS)], **passes)
+        exact += count.exact
+        of_queries += count.of_queries
+        of_keys += count.of_keys
+        whole += count.whole
+        found += count.whole_of_keys
+    assert exact > 10_000 and whole > 500
+    assert of_queries < 1.01 * exact and of_keys < 1.01 * exact, (exact, of_queries, of_keys)
+    assert found > 0.98 * whole, (found, whole)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_of_the_benchmark_meet_nothing_in_vain(name: str) -> None:
+    workload = make_workload(name, 1600)
+    for mask in (workload.mask, mk.ModularMask([[1, 1], [8, 2]]), mk.ModularMask.bidirectional_within(2, [1])):
+        for passes in ({}, {"split": True}):
+            count = check_mask(workload.layout, mask, workload.layout.queries(), (128, 64), **passes)
+            assert count.of_queries == count.of_keys == count.exact
+            assert count.whole_of_keys == count.whole
+
+
 def test_mask_tiles_are_remembered_and_made_as_asked() -> None:
     layout = mk.segment_modalities(torch.tensor([[0, 0, 1, 1, 0, -1, 1]]), num_modalities=2)
     mask = mk.ModularMask.bidirectional_within(2, [1])
@@ -282,3 +363,29 @@ def test_errors(arguments: dict[str, Any], message: str) -> None:
     usual = {"layout": layout, "mask": mk.ModularMask.full(1), "block_q": 4, "block_k": 4}
     with pytest.raises((ValueError, TypeError), match=message):
         tiles.mask_tiles(**(usual | arguments))
+
+
+@pytest.mark.parametrize(
+    ("rules", "passes", "intervals"),
+    [
+        ([[1, 1, 1], [1, 3, 1], [1, 1, 1]], 1, 1),
+        ([[1, 1, 8], [1, 3, 8], [1, 1, 10]], 2, 2),
+        ([[1, 8, 8], [1, 16, 8], [1, 8, 16]], 3, 1),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_memory_of_a_million_tokens(rules: list[list[int]], passes: int, intervals: int, packed: bool) -> None:
+    """Beside 4 GiB of keys and values (8 heads of 128 in 16 bits): at most 64 MiB, both directions together."""
+    tokens = 2**20
+    ids = torch.arange(tokens) // 700 % 3
+    bounds = torch.arange(0, tokens + 1, 2**17, dtype=torch.int32) if packed else None
+    layout = mk.segment_modalities(
+        ids if packed else ids[None], num_modalities=3, steps=None, cu_seqlens=bounds, max_segments=1600
+    )
+    made = tiles.mask_tiles(layout, mk.ModularMask(rules), 128, 64)
+    assert made.limits.shape == (passes, intervals, 2, tokens)
+    assert made.queries is not None and made.keys is not None
+    size = sum(t.nbytes for t in (made.limits, made.positions, *made.queries, *made.keys))
+    assert size <= 64 * 2**20
+    of_walks = sum(t.nbytes for t in (*made.queries, *made.keys))
+    assert of_walks <= tokens // 64 * 120 * passes * intervals  # linear in tiles
