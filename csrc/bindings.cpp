@@ -5,10 +5,12 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "intervals.h"
 #include "segmentation.h"
 #include "tiles.h"
 #include "walks.h"
@@ -36,6 +38,7 @@ T* at(Address address) {
 
 #if defined(MODA_WITH_CUDA)
 constexpr bool kWithCuda = true;
+using moda::cuda::mask_intervals_workspace;
 using moda::cuda::probe;
 using moda::cuda::runtime_version;
 using moda::cuda::segment_tokens_workspace;
@@ -57,6 +60,7 @@ std::string probe(int) { return "built without CUDA"; }
 int runtime_version() { return 0; }
 int64_t segment_tokens_workspace(int, int) { return 0; }
 int64_t walk_workspace(int, int, int, int, bool) { return 0; }
+int64_t mask_intervals_workspace(int, int) { return 0; }
 
 template <class Arguments>
 void run(void (*on_cpu)(const Arguments&), const Arguments& arguments, int device, Address, Address) {
@@ -78,6 +82,68 @@ void segment_table(int device, Address stream, int tokens, int max_segments, Add
                    Address sequence, Address table) {
   const moda::SegmentTable a{tokens, max_segments, at(modality), at(segment), at(sequence), at(table)};
   MODA_RUN(segment_table, a, device, stream, 0);
+}
+
+// The passes from `first` on that fit into one batch. prefix[p]: the role of the keys where a rule speaks of steps.
+moda::PassBatch batch_of(const std::vector<int>& rules, const std::vector<int>& modalities, const std::vector<int>& own,
+                         int roles, int first) {
+  moda::PassBatch batch{};
+  batch.first = first;
+  const int room = std::min(moda::kPassesAtOnce, moda::kRulesAtOnce / std::max(roles, 1));
+  batch.count = std::min(static_cast<int>(modalities.size()) - first, room);
+  std::vector<int> known;
+  for (int p = 0; p < batch.count; ++p) {
+    batch.modality[p] = modalities[first + p];
+    batch.own[p] = static_cast<int8_t>(own[first + p]);
+    bool steps = false;
+    int member = -1;
+    for (int r = 0; r < roles; ++r) {
+      const int rule = rules[static_cast<size_t>(first + p) * roles + r];
+      batch.rules[p * roles + r] = static_cast<uint8_t>(rule);
+      steps = steps || (rule & (moda::kBefore | moda::kUpto)) != 0;
+      if ((rule & moda::kMember) != 0) member = r;
+    }
+    batch.prefix[p] = steps ? member : -1;
+    if (!steps) continue;
+    const auto found = std::find(known.begin(), known.end(), member);
+    batch.slot[p] = static_cast<int>(found - known.begin());
+    if (found == known.end()) known.push_back(member);
+  }
+  return batch;
+}
+
+// Addresses of what a token is: modality, role, position, segment, step, chunk, sequence.
+using FactArguments = std::array<Address, 7>;
+
+void mask_intervals(int device, Address stream, Address workspace, int tokens, int rows, int sequences, int roles,
+                    int max_segments, const FactArguments& facts, Address cu_seqlens, Address table, Address columns,
+                    const std::vector<int>& rules, const std::vector<int>& modalities, const std::vector<int>& own,
+                    int intervals, int window, bool window_all, Address limits, Address positions) {
+  const int passes = static_cast<int>(modalities.size());
+  if (roles < 1 || roles > moda::kRulesAtOnce || rules.size() != static_cast<size_t>(passes) * roles ||
+      own.size() != modalities.size()) {
+    throw std::invalid_argument("rules: expected P * R of them, R from 1 to " + std::to_string(moda::kRulesAtOnce) +
+                                ", got " + std::to_string(rules.size()));
+  }
+  const moda::MaskIntervals a{tokens,       rows,         sequences,    roles,        max_segments, passes,
+                              intervals,    window,       window_all,   at(facts[0]), at(facts[1]), at(facts[2]),
+                              at(facts[3]), at(facts[4]), at(facts[5]), at(facts[6]), at(cu_seqlens), at(table),
+                              at<int64_t>(columns), at(limits), at(positions)};
+  for (int first = 0; first < passes;) {
+    const moda::PassBatch batch = batch_of(rules, modalities, own, roles, first);
+#if defined(MODA_WITH_CUDA)
+    if (device >= 0) {
+      moda::cuda::mask_intervals(a, batch, {device, stream, at(workspace)});
+    } else {
+      moda::cpu::mask_intervals(a, batch);
+    }
+#else
+    static_cast<void>(stream + workspace);
+    if (device >= 0) throw std::runtime_error("moda_kernels: built without CUDA");
+    moda::cpu::mask_intervals(a, batch);
+#endif
+    first += batch.count;
+  }
 }
 
 moda::Mask mask_of(const std::vector<int>& rules, int modalities, int window) {
@@ -162,11 +228,14 @@ PYBIND11_MODULE(MODA_MODULE, module) {
   using namespace pybind11::literals;
   using Unlocked = py::call_guard<py::gil_scoped_release>;
   module.doc() = "Segmentation, tile lists and walks in C++ and CUDA; use it through moda_kernels.runtime.native.";
+  module.attr("INTERFACE") = 2;  // as in native.py
   module.attr("WITH_CUDA") = kWithCuda;
   module.attr("CUDA_ARCHITECTURES") = MODA_CUDA_ARCHITECTURES;
   module.attr("CUDA_RUNTIME") = runtime_version();
   module.attr("MAX_MODALITIES") = moda::kMaxModalities;
   module.attr("MAX_LISTED_TOKENS") = moda::kMaxListedTokens;
+  module.attr("MAX_ROLES") = moda::kRulesAtOnce;
+  module.attr("PASSES_AT_ONCE") = moda::kPassesAtOnce;
   module.attr("NO_WINDOW") = moda::kNoWindow;
   module.def("cuda_probe", &probe, "device"_a, Unlocked(), "Why this build cannot run on a CUDA device, or ''.");
   module.def("segment_tokens_workspace", &segment_tokens_workspace, "tokens"_a, "modalities"_a);
@@ -175,6 +244,11 @@ PYBIND11_MODULE(MODA_MODULE, module) {
              "sequence"_a, "prefix"_a, "num_segments"_a, Unlocked());
   module.def("segment_table", &segment_table, py::kw_only(), "device"_a, "stream"_a, "tokens"_a, "max_segments"_a,
              "modality"_a, "segment"_a, "sequence"_a, "table"_a, Unlocked());
+  module.def("mask_intervals_workspace", &mask_intervals_workspace, "tokens"_a, "slots"_a);
+  module.def("mask_intervals", &mask_intervals, py::kw_only(), "device"_a, "stream"_a, "workspace"_a, "tokens"_a,
+             "rows"_a, "sequences"_a, "roles"_a, "max_segments"_a, "facts"_a, "cu_seqlens"_a, "table"_a, "columns"_a,
+             "rules"_a, "modalities"_a, "own"_a, "intervals"_a, "window"_a, "window_all"_a, "limits"_a, "positions"_a,
+             Unlocked());
   module.def("tile_lists_workspace", &tile_lists_workspace, "sequences"_a, "modalities"_a, "query_tiles"_a,
              "key_tiles"_a);
   module.def("tile_lists", &tile_lists, py::kw_only(), "device"_a, "stream"_a, "workspace"_a, "sequences"_a,

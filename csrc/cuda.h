@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <string>
 
+#include "intervals.h"
 #include "segmentation.h"
 #include "tiles.h"
 #include "walks.h"
@@ -24,15 +25,18 @@ int runtime_version();
 
 int64_t segment_tokens_workspace(int tokens, int modalities);
 int64_t walk_workspace(int passes, int walks, int q_tiles, int k_tiles, bool of_keys);
+int64_t mask_intervals_workspace(int tokens, int slots);  // slots: roles that a step is looked for in
 
 void segment_tokens(const SegmentTokens&, const Queue&);
 void segment_table(const SegmentTable&, const Queue&);
+void mask_intervals(const MaskIntervals&, const PassBatch&, const Queue&);
 void tile_lists(const TileLists&, const Queue&);
 void query_walk(const QueryWalk&, const Queue&);
 void key_walk(const KeyWalk&, const Queue&);
 
 // One for each CUDA file: load its kernels on the current device. Returns a cudaError_t.
 int load_segmentation();
+int load_intervals();
 int load_tiles();
 int load_walks();
 

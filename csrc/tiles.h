@@ -11,7 +11,7 @@
 #include <climits>
 #include <cstdint>
 
-#include "segmentation.h"
+#include "intervals.h"
 
 namespace moda {
 
@@ -19,7 +19,6 @@ constexpr int kMaxModalities = 16;
 constexpr int kMaxListedTokens = 65536;  // of one sequence; longer ones overflow
 constexpr int kNoWindow = INT_MAX;       // farther than any distance of int32 positions
 
-enum Rule : uint8_t { kPast = 1, kSegment = 2, kAll = 4 };
 
 // Passed to kernels by value.
 struct Mask {

@@ -5,11 +5,10 @@
 #include <climits>
 #include <cstdint>
 
-#include "segmentation.h"
+#include "intervals.h"
 
 namespace moda {
 
-constexpr int kFar = INT_MAX;    // beyond every position
 constexpr int kNowhere = -2;     // the upper end of an empty interval
 constexpr int kWorkLevels = 64;  // how finely work is told apart where the longest tiles come first
 constexpr int kMaxChains = 8;

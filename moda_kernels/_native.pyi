@@ -1,10 +1,13 @@
 """The compiled module (`csrc/bindings.cpp`): addresses in, nothing out. Only `native.py` uses it."""
 
+INTERFACE: int
 WITH_CUDA: bool
 CUDA_ARCHITECTURES: str
 CUDA_RUNTIME: int
 MAX_MODALITIES: int
 MAX_LISTED_TOKENS: int
+MAX_ROLES: int
+PASSES_AT_ONCE: int
 NO_WINDOW: int
 
 # cu_seqlens, rows, lists and counts; block, tiles, width
@@ -39,6 +42,30 @@ def segment_table(
     segment: int,
     sequence: int,
     table: int,
+) -> None: ...
+def mask_intervals_workspace(tokens: int, slots: int) -> int: ...
+def mask_intervals(
+    *,
+    device: int,
+    stream: int,
+    workspace: int,
+    tokens: int,
+    rows: int,
+    sequences: int,
+    roles: int,
+    max_segments: int,
+    facts: list[int],
+    cu_seqlens: int,
+    table: int,
+    columns: int,
+    rules: list[int],
+    modalities: list[int],
+    own: list[int],
+    intervals: int,
+    window: int,
+    window_all: bool,
+    limits: int,
+    positions: int,
 ) -> None: ...
 def tile_lists_workspace(sequences: int, modalities: int, query_tiles: int, key_tiles: int) -> int: ...
 def tile_lists(

@@ -24,17 +24,19 @@ from torch import Tensor
 
 from moda_kernels import ModularMask, segment_modalities
 from moda_kernels.runtime import native
-from moda_kernels.tokens import segments, tiles, walks
+from moda_kernels.testing import generator, random_ids, random_layout, random_mask, random_steps
+from moda_kernels.tokens import intervals, segments, tiles, walks
+from moda_kernels.tokens.layout import ModalityLayout, QueryRows
 
 pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 CSRC = Path(__file__).parents[1] / "csrc"
-CPU_FILES = ("cpu.cpp", "cpu_walks.cpp")
-CUDA_FILES = ("cuda_segmentation.cu", "cuda_tiles.cu", "cuda_walks.cu")
+CPU_FILES = ("cpu.cpp", "cpu_intervals.cpp", "cpu_walks.cpp")
+CUDA_FILES = ("cuda_segmentation.cu", "cuda_intervals.cu", "cuda_tiles.cu", "cuda_walks.cu")
 #: Where the twins are; the others: in `segments`.
-TWINS = {"tile_lists": tiles, "query_walk": walks, "key_walk": walks}
+TWINS = {"tile_lists": tiles, "mask_intervals": intervals, "query_walk": walks, "key_walk": walks}
 CPU = torch.device("cpu")
 
 
@@ -183,6 +185,76 @@ def test_segments_as_defined(implementation: Implementation) -> None:
         assert rows == (table + [[0] * 4] * max_segments)[:max_segments]
 
     check()
+
+
+# Intervals
+
+
+def intervals_arguments(made: ModalityLayout, rows: QueryRows, mask: ModularMask, **options: bool) -> tuple[Any, ...]:
+    """What `mask_intervals` asks its operator for."""
+    found: list[tuple[Any, ...]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(intervals, "_op_mask_intervals", lambda *args: found.append(args) or (args[0], args[0]))
+        intervals.mask_intervals(made, rows, mask, **options)
+    return found[0]
+
+
+def intervals_case(seed: int, most: int = 40) -> tuple[Any, ...]:
+    """Arguments of `mask_intervals`, of any layout and mask; many passes in some."""
+    g = generator(seed)
+    made = random_layout(g, most=most)
+    mask = random_mask(g, made.num_roles)
+    rows = made.queries()
+    if not made.packed and seed % 2:
+        rows = made.queries(
+            made.modality.shape[1] // 2, int(torch.randint(made.modality.shape[1] // 2 + 1, (), generator=g))
+        )
+    arguments = intervals_arguments(made, rows, mask, split=seed % 3 == 1, by_modality=seed % 3 == 2)
+    if seed % 5 == 0 and arguments[11]:  # more passes than a launch takes
+        arguments = (
+            *arguments[:10],
+            *(part * (70 // len(arguments[11]) + 1) for part in arguments[10:13]),
+            *arguments[13:],
+        )
+    return arguments
+
+
+def test_intervals_are_the_same_everywhere(implementation: Implementation) -> None:
+    """The twin is tested against the definition in test_intervals.py."""
+    for seed in range(4 * implementation.examples):
+        arguments = intervals_case(seed)
+        made = implementation("mask_intervals", *arguments)
+        for output, expected in zip(made, intervals.mask_intervals_torch(*arguments), strict=True):
+            assert output.dtype == expected.dtype and torch.equal(output, expected), seed
+
+
+def test_intervals_over_many_blocks(implementation: Implementation) -> None:
+    """Steps are looked for in tokens that several blocks of a kernel count."""
+    for seed in range(4):
+        g = generator(seed)
+        ids = random_ids(5000, 3, g, longest=400, padding="middle")
+        bounds = torch.tensor([0, 2100, 2100, 4999, 5000]).int()
+        sequence = torch.searchsorted(bounds[1:], torch.arange(5000).int(), right=True)
+        roles = random_ids(5000, 2, g, longest=30)
+        made = segment_modalities(
+            ids, num_modalities=3, cu_seqlens=bounds, roles=roles, steps=random_steps(sequence * 2 + roles, g, 300)
+        )
+        arguments = intervals_arguments(made, made.queries(), ModularMask(((8, 16), (16 | 1, 8 | 2)), 50))
+        found = implementation("mask_intervals", *arguments)
+        for output, expected in zip(found, intervals.mask_intervals_torch(*arguments), strict=True):
+            assert torch.equal(output, expected)
+
+
+def test_intervals_with_bad_values_stay_inside(implementation: Implementation) -> None:
+    """Steps that fall, chunks and segments that are not there: what comes out is anybody's guess, but it comes."""
+    for seed in range(10):
+        arguments = list(intervals_case(seed))
+        tokens = arguments[0].numel()
+        g = generator(seed)
+        arguments[4] = torch.randint(-9, 9, (tokens,), generator=g, dtype=torch.int32)
+        arguments[8] = arguments[8][: arguments[8].shape[0] // 2]  # fewer rows of the table than segments
+        limits, _ = implementation("mask_intervals", *arguments)
+        assert bool((limits[:, :, 1] >= -2).all()) and bool((limits[:, :, 0] >= -1).all())
 
 
 def many_tokens(rows: int, packed: bool, num_modalities: int) -> Tokens:
@@ -465,10 +537,16 @@ def on_cuda() -> torch.device:
 
 def everything(ids: Tensor) -> list[Tensor]:
     """A layout and its tile lists, without anything that waits for a device."""
+    made = segment_modalities(
+        ids, num_modalities=3, max_segments=ids.numel(), roles=ids.clamp(min=0), num_roles=3,
+        steps=torch.arange(ids.shape[1], device=ids.device).expand(ids.shape), chunks=ids,
+    )  # fmt: skip
+    mask = ModularMask(((16, 8, 1), (32, 2, 16), (1, 0, 8 | 32)), 100)
+    sets = intervals.mask_intervals(made, made.queries(), mask)
     made = segment_modalities(ids, num_modalities=3, max_segments=ids.numel())
     lists = tiles.tile_lists(made, ModularMask.bidirectional_within(3, [1]), 128, 64)
     fields = [made.segment, made.position, made.sequence, made.prefix, made.num_segments, made.table]
-    return fields + [getattr(lists, name) for name in tiles.TileLists.__dataclass_fields__]
+    return [*fields, *sets] + [getattr(lists, name) for name in tiles.TileLists.__dataclass_fields__]
 
 
 def multimodal(rows: int, length: int) -> Tensor:

@@ -18,6 +18,9 @@ from torch import Tensor
 
 from moda_kernels.runtime import checks
 
+#: Changes with the extension's functions, as in `csrc/bindings.cpp`: an old build must not be taken for a new one.
+INTERFACE = 2
+
 _extension: types.ModuleType | None = None
 _missing: str | None = None  # why there is no extension
 if os.environ.get("MODA_KERNELS_NATIVE", "1") == "0":
@@ -29,6 +32,9 @@ else:
         _missing = "not built: no C++ compiler at installation, a build that failed, or left out on purpose"
     except ImportError as error:
         _missing = f"built, but it cannot be loaded: {error}"
+    else:
+        if getattr(_extension, "INTERFACE", 0) != INTERFACE:
+            _extension, _missing = None, "built from other sources than these: build it again"
 
 
 def runs_on(device: torch.device) -> bool:
@@ -124,6 +130,68 @@ def segment_table(modality: Tensor, segment: Tensor, sequence: Tensor, max_segme
         table=table.data_ptr(),
     )
     return table
+
+
+def mask_intervals(
+    modality: Tensor,
+    role: Tensor,
+    position: Tensor,
+    segment: Tensor,
+    step: Tensor,
+    chunk: Tensor,
+    sequence: Tensor,
+    cu_seqlens: Tensor,
+    table: Tensor,
+    columns: Tensor,
+    rules: list[int],
+    modalities: list[int],
+    own: list[int],
+    intervals: int,
+    window: int | None,
+    window_all: bool,
+) -> tuple[Tensor, Tensor]:
+    """See `intervals.mask_intervals_torch`, its twin."""
+    extension, device = _loaded(), modality.device
+    tokens, rows, sequences, passes = modality.numel(), columns.numel(), cu_seqlens.numel() - 1, len(modalities)
+    named = zip(
+        ("modality", "role", "position", "segment", "step", "chunk", "sequence"),
+        (modality, role, position, segment, step, chunk, sequence),
+        strict=True,
+    )
+    facts = [_checked(name, fact, device, (tokens,)) for name, fact in named]
+    cu_seqlens = _checked("cu_seqlens", cu_seqlens, device, (sequences + 1,))
+    table = _checked("table", table, device, (table.shape[0], 4))
+    columns = _checked("columns", columns, device, (rows,), torch.int64)
+
+    new = functools.partial(torch.empty, dtype=torch.int32, device=device)
+    limits, positions = new(passes, intervals, 2, rows), new(passes, tokens)
+    index, stream = _queue(device)
+    # Room for each role whose steps are searched, of those passes that are done at once.
+    slots = min(len(rules) // max(passes, 1), extension.PASSES_AT_ONCE) if any(r & 24 for r in rules) else 0
+    workspace = new(extension.mask_intervals_workspace(tokens, slots) if index >= 0 else 0)
+    extension.mask_intervals(
+        device=index,
+        stream=stream,
+        workspace=workspace.data_ptr(),
+        tokens=tokens,
+        rows=rows,
+        sequences=sequences,
+        roles=len(rules) // max(passes, 1) or 1,
+        max_segments=table.shape[0],
+        facts=[fact.data_ptr() for fact in facts],
+        cu_seqlens=cu_seqlens.data_ptr(),
+        table=table.data_ptr(),
+        columns=columns.data_ptr(),
+        rules=rules,
+        modalities=modalities,
+        own=own,
+        intervals=intervals,
+        window=extension.NO_WINDOW if window is None else window,
+        window_all=window_all,
+        limits=limits.data_ptr(),
+        positions=positions.data_ptr(),
+    )
+    return limits, positions
 
 
 def tile_lists(

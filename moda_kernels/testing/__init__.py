@@ -13,6 +13,7 @@ from moda_kernels.testing.cases import (
     random_ids,
     random_layout,
     random_mask,
+    random_steps,
 )
 from moda_kernels.testing.oracle import (
     Comparison,
@@ -29,5 +30,6 @@ from moda_kernels.testing.oracle import (
 
 __all__ = [
     "CASES", "PADDING", "Case", "Comparison", "Inputs", "Result", "check", "compare", "eager", "generator",
-    "head_orders", "judge", "oracle", "random_ids", "random_layout", "random_mask", "reordered", "run", "sdpa_errors",
+    "head_orders", "judge", "oracle", "random_ids", "random_layout", "random_mask", "random_steps", "reordered",
+    "run", "sdpa_errors",
 ]  # fmt: skip

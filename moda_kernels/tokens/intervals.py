@@ -9,11 +9,12 @@ behind the intervals (what is visible, how many keys, which tiles and rectangles
 
 import enum
 import functools
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from moda_kernels.runtime import native
 from moda_kernels.runtime.operators import operator
 from moda_kernels.tokens.layout import ModalityLayout, QueryRows
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 FAR = 2**31 - 1
 #: An interval (lo, hi] without positions.
 NOTHING = (FAR, -2)
+#: With more roles than these the PyTorch version is used.
+MANY_ROLES = 2048
 #: Beside the flags of a rule, for the operator: keys of this role are in the pass.
 _MEMBER = 64
 
@@ -323,6 +326,13 @@ def _write(limits: Tensor, low: Tensor, high: Tensor, nearest: Tensor | None) ->
     limits[1] = torch.where(some, high, NOTHING[1])
 
 
+def _mask_intervals(modality: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    # The extension does not know more roles than these, nor has anybody else.
+    if native.runs_on(modality.device) and len(arguments[9]) <= MANY_ROLES * len(arguments[10]):
+        return native.mask_intervals(modality, *arguments)
+    return mask_intervals_torch(modality, *arguments)
+
+
 def _mask_intervals_fake(modality: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
     columns, _, modalities, _, intervals = arguments[8:13]
     passes = len(modalities)  # type: ignore[arg-type]
@@ -334,7 +344,7 @@ _op_mask_intervals = operator(
     "_mask_intervals(Tensor modality, Tensor role, Tensor position, Tensor segment, Tensor step, Tensor chunk, "
     "Tensor sequence, Tensor cu_seqlens, Tensor table, Tensor columns, int[] rules, int[] modalities, int[] own, "
     "int intervals, int? window, bool window_all) -> (Tensor, Tensor)",
-    mask_intervals_torch,
+    _mask_intervals,
     _mask_intervals_fake,
 )
 
