@@ -1,17 +1,22 @@
 """Whose tokens count for whom: the causal scope between chunks and `source_roles`, in all ways of the map, against the
 token-by-token reference; what answers know of each other; and that chunks cost nothing where there are none."""
 
+import copy
 import dataclasses
 import itertools
+import types
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moda_kernels as mk
+from moda_kernels import products
 from moda_kernels.alignment.causal import CausalMap
 from moda_kernels.alignment.pieces import pieces_of
+from moda_kernels.runtime.later import Later
 
 D, M, R = 4, 3, 3
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
@@ -181,6 +186,49 @@ def test_sums_that_are_broken_stay_in_their_chunk() -> None:
         good, bad = (mk.align_keys(x, dataclasses.replace(module(x, layout), size=size), layout) for x in (key, broken))
         here = torch.tensor([False, False, True, True, False, False, False, False])
         assert torch.equal(good[:, :, ~here], bad[:, :, ~here]) and bool(bad[:, :, here].isnan().all())
+
+
+@pytest.mark.parametrize("chunks", [False, True])
+def test_a_loose_bound_costs_no_blocks(chunks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, once the number of pieces has come; without it all blocks run, to the same bits."""
+    ids = torch.arange(60).view(2, 30) // 4 % M
+    told = {"chunks": ids} if chunks else {}
+    layout = mk.segment_modalities(ids, num_modalities=M, max_segments=60, **told)
+    module, key = aligner(scope="causal", renorm=True), keys(layout).requires_grad_()
+    upstream, key_map = keys(layout), module(key, layout)
+    pieces = dataclasses.replace(key_map.pieces, number=60, table=torch.full((60, 4), -1))
+    expected = mk.align_keys(key, key_map, layout)
+    there = key_map.pieces.table[key_map.pieces.table[:, 0] >= 0]
+    pieces.table[:, 1:3] = 0
+    pieces.table[: len(there)] = there
+    grouping = products.group_tokens(pieces.group, 60)
+    monkeypatch.setattr(type(pieces), "_grouping", lambda self: grouping)
+    runs = []
+    monkeypatch.setattr(CausalMap, "_again", lambda self, *step: runs.append(1) or self._fused(*step))
+    results = []
+    for known in (True, False):
+        now = dataclasses.replace(pieces, there_are=Later(torch.tensor(len(there))))
+        if not known:
+            now.there_are._event = types.SimpleNamespace(query=lambda: False)
+        runs.clear()
+        fused = dataclasses.replace(key_map, pieces=now)._by_pieces(key.transpose(1, 2), 4).transpose(1, 2)
+        assert len(runs) == (-(-len(there) // 4) if known else 15)
+        results.append((fused, *gradients(fused, (key, *module.parameters()), upstream)))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+    torch.testing.assert_close(results[0][0], expected, **EXACT)
+
+
+def test_a_number_that_comes_later() -> None:
+    assert Later(torch.tensor([7])).value == 7
+    waiting = Later(torch.tensor(3))
+    waiting._event = types.SimpleNamespace(query=lambda: False)
+    assert waiting.value is None and copy.deepcopy(waiting) is waiting
+    waiting._event = types.SimpleNamespace(query=lambda: True)
+    assert waiting.value == 3
+    with FakeTensorMode():
+        assert Later(torch.zeros(1, dtype=torch.int32)).value is None
+    assert torch.vmap(lambda x: x + (Later(x).value is None))(torch.zeros(2)).tolist() == [1, 1]
 
 
 class Operations(TorchDispatchMode):

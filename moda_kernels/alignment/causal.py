@@ -86,10 +86,11 @@ class CausalMap(KeyMap):
 
     def _by_pieces(self, key: Tensor, size: int) -> Tensor:
         """In blocks of slots: every block passes over all tokens, as where its own lie is not known without waiting
-        for the device, and leaves 0 where they are not."""
-        number, running = self.pieces.number, self._nothing()
-        total = torch.zeros_like(key)
-        for first in range(0, number, size):
+        for the device, and leaves 0 where they are not. Blocks behind the last piece would add 0: they are left out as
+        soon as the device has said how many pieces there are."""
+        running, total = self._nothing(), torch.zeros_like(key)
+        known, number = self.pieces.there_are.value, self.pieces.number
+        for first in range(0, number if known is None else min(known, number), size):
             block = self.pieces.block(first, min(size, number - first), carries=True)
             fused, running = self._again(running, self.source, key, block, False)
             total = total + fused

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moda_kernels import products
+from moda_kernels.runtime.later import Later
 from moda_kernels.tokens.layout import ModalityLayout
 
 
@@ -46,6 +47,7 @@ class Pieces:
         number: an upper bound of how many there are.
         table: int64 ``[number, 4]``: sequence, first token, modality, chunk; sequence -1 where there is no such piece.
         mapped: bool ``[tokens]``, whose keys are mapped: those of an aligned modality for which tokens of others count.
+        there_are: how many pieces there are.
         continues: bool ``[tokens]``, whether a token's chunk began before this layout's tokens; None: no chunk did.
     """
 
@@ -56,6 +58,7 @@ class Pieces:
     number: int
     table: Tensor
     mapped: Tensor
+    there_are: Later
     continues: Tensor | None = None
 
     @property
@@ -150,7 +153,8 @@ def pieces_of(layout: ModalityLayout, aligned: tuple[int, ...], sources: tuple[i
     def make() -> Pieces:
         if layout.num_tokens == 0:
             nothing = layout.sequence.flatten().long()
-            return Pieces(layout, aligned, sources, nothing, 0, nothing.new_zeros(0, 4), nothing > 0)
+            none = Later(layout.num_segments)
+            return Pieces(layout, aligned, sources, nothing, 0, nothing.new_zeros(0, 4), nothing > 0, none)
         if layout.own_chunks:
             group, number, first, exists = _cut_by_chunks(layout)
         else:
@@ -158,7 +162,8 @@ def pieces_of(layout: ModalityLayout, aligned: tuple[int, ...], sources: tuple[i
             first, exists = layout.table[:, 1].long(), layout.table[:, 2] > 0
         facts = [fact.flatten()[first].long() for fact in (layout.sequence, layout.modality, layout.chunk)]
         table = torch.stack((torch.where(exists, facts[0], -1), first, facts[1].clamp(min=0), facts[2]), 1)
-        return Pieces(layout, aligned, sources, group, number, table, mapped_tokens(layout, aligned, sources))
+        mapped, there_are = mapped_tokens(layout, aligned, sources), Later(exists.sum())
+        return Pieces(layout, aligned, sources, group, number, table, mapped, there_are)
 
     return layout.remember(("pieces", aligned, sources), make)
 

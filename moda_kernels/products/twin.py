@@ -69,7 +69,7 @@ def group_tokens(group: Tensor, num_groups: int) -> Grouping:
     own_pieces = (size + rows - 1) // rows
     last_piece = own_pieces.cumsum(0)
     shared = own_pieces > 1
-    shared[0] = False
+    shared[:1].fill_(False)  # (an assignment would copy from the host, and wait)
     slots = torch.where(shared, own_pieces, 0)
     first_slot = slots.cumsum(0) - slots
 

@@ -9,10 +9,10 @@ def bounds_of(lengths: Tensor) -> Tensor:
     return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
 
 
-def merged(part: Tensor, whole: Tensor, end: int) -> Tensor:
-    """Where a part's tokens stand in the whole, int64: at the begin (0) or the end (1) of each document; both given
-    by their cu_seqlens. (Waits for a CUDA device.)"""
-    rows = torch.arange(int(part[-1]), device=part.device)
+def merged(part: Tensor, count: int, whole: Tensor, end: int) -> Tensor:
+    """Where a part's `count` tokens stand in the whole, int64: at the begin (0) or the end (1) of each document; both
+    given by their cu_seqlens."""
+    rows = torch.arange(count, device=part.device)
     document = torch.searchsorted(part[1:], rows.int(), right=True)
     return whole[document + end].long() + rows - part[document + end]
 

@@ -106,7 +106,7 @@ class History:
                     documents = self.bounds.numel() - 1
                     raise checks.wrong_value("cu_seqlens", f"[N + 1] with N = {documents}, as before", new.cu_seqlens)
                 bounds = self.bounds + new.cu_seqlens
-                rows = merged(self.bounds, bounds, 0), merged(new.cu_seqlens, bounds, 1)
+                rows = merged(self.bounds, self.length, bounds, 0), merged(new.cu_seqlens, shape[0], bounds, 1)
                 told = scattered(self.told.T, told.T, *rows).T
             else:
                 told = torch.cat((self.told, told), 2)
@@ -207,7 +207,7 @@ class History:
             if torch.equal(lengths, old.diff()):
                 return False
             self.bounds = bounds_of(lengths)
-            self.told = self.told[:, merged(self.bounds, old, 0)]
+            self.told = self.told[:, merged(self.bounds, int(self.bounds[-1]), old, 0)]
             self.new_bounds, self.newest = torch.zeros_like(old), 0
         elif isinstance(length, Tensor):
             raise checks.wrong_type("length", "an int for a batch", length)
@@ -240,7 +240,9 @@ class History:
         if key not in self._layouts:
             if self.bounds is not None:
                 assert self.new_bounds is not None
-                self._layouts[key] = self._segmented(told[:, merged(self.new_bounds, self.bounds, 1)], self.new_bounds)
+                self._layouts[key] = self._segmented(
+                    told[:, merged(self.new_bounds, self.newest, self.bounds, 1)], self.new_bounds
+                )
             else:
                 self._layouts[key] = self._segmented(told[:, :, begin:end], None)
         return self._layouts[key]
@@ -250,7 +252,7 @@ class History:
         if (begin, end) == (0, self.length):
             return x
         if self.bounds is not None and self.new_bounds is not None:
-            return x[merged(self.new_bounds, self.bounds, 1)]
+            return x[merged(self.new_bounds, self.newest, self.bounds, 1)]
         return x.view(-1, self.length)[:, begin:end].flatten()
 
     def sums(self, begin: int, end: int, first: int, last: int, sources: tuple[int, ...] | None) -> "Sums":

@@ -73,7 +73,7 @@ class LayerState:
         if history.packed:
             if begin > 0:
                 assert history.new_bounds is not None and history.bounds is not None
-                cached = cached[merged(history.new_bounds, history.bounds, 1)]
+                cached = cached[merged(history.new_bounds, history.newest, history.bounds, 1)]
             return cached, part
         gone = max(history.length - cached.shape[2], 0)
         if begin < gone:
@@ -169,7 +169,10 @@ class LayerState:
             if self._buffer is not None and begin > 0:
                 assert history.new_bounds is not None
                 old = history.bounds - history.new_bounds
-                rows = merged(old, history.bounds, 0), merged(history.new_bounds, history.bounds, 1)
+                rows = (
+                    merged(old, history.length - history.newest, history.bounds, 0),
+                    merged(history.new_bounds, history.newest, history.bounds, 1),
+                )
                 fused = scattered(self._buffer, fused, *rows)
             self._buffer, self._aligned = fused, history.length
             return fused
