@@ -8,6 +8,7 @@ from moda_kernels.alignment.gram import gram_affinity, modality_gram
 from moda_kernels.alignment.maps import KeyMap, align_keys
 from moda_kernels.alignment.memory import DecodeState
 from moda_kernels.alignment.released import released_key_map
+from moda_kernels.alignment.training import parameter_groups
 from moda_kernels.attention import moda_attention
 from moda_kernels.backends import use_backend
 from moda_kernels.backends.triton.operators import ModaAttention
@@ -45,6 +46,7 @@ __all__ = [
     "modal_disparity",
     "modality_gram",
     "moda_attention",
+    "parameter_groups",
     "plot_attention_share",
     "reference",
     "released_key_map",

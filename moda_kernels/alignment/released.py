@@ -1,7 +1,7 @@
 """Key maps of the released weights (spec: \"Duplex alignment\", release variant)."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moda_kernels import products
 from moda_kernels.alignment.maps import KeyMap, ModalityMap, normed, token_major
@@ -88,3 +88,18 @@ def _text_grouping(layout: ModalityLayout, text: int) -> products.Grouping:
         return products.group_tokens(torch.where(of_text, layout.sequence.flatten().long(), -1), layout.num_sequences)
 
     return layout.remember(("grouping", "sequence", text), make)
+
+
+class ReleasedAligner(nn.Module):
+    """The alignment of the authors' released weights: ``ratio`` is their ratio_v ``[D]``, ``weight`` their pfuser_v
+    ``[D, D]``. Fresh ones change nothing."""
+
+    def __init__(self, head_dim: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.ratio = nn.Parameter(torch.zeros(head_dim, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.eye(head_dim, device=device, dtype=dtype))
+
+    def forward(
+        self, key: Tensor, layout: ModalityLayout | None = None, *, value: Tensor, state: LayerState | None = None
+    ) -> KeyMap:
+        return released_key_map(key, value, layout, self.ratio, self.weight, state=state)

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moda_kernels.alignment.maps import KeyMap
-from moda_kernels.alignment.memory import DecodeState, LayerState
-from moda_kernels.alignment.released import released_key_map
+from moda_kernels.alignment.memory import DecodeState
+from moda_kernels.alignment.released import ReleasedAligner
 from moda_kernels.attention import moda_attention
 from moda_kernels.integrations.transformers import cache as caches
 from moda_kernels.integrations.transformers import ids as modalities
@@ -64,21 +63,6 @@ class Tokens:
     layout: ModalityLayout | None
     state: DecodeState | None
     marks: bool
-
-
-class ReleasedAligner(nn.Module):
-    """The alignment of the authors' released weights: ``ratio`` is their ratio_v ``[D]``, ``weight`` their pfuser_v
-    ``[D, D]``. Fresh ones change nothing."""
-
-    def __init__(self, head_dim: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
-        super().__init__()
-        self.ratio = nn.Parameter(torch.zeros(head_dim, device=device, dtype=dtype))
-        self.weight = nn.Parameter(torch.eye(head_dim, device=device, dtype=dtype))
-
-    def forward(
-        self, key: Tensor, layout: ModalityLayout | None = None, *, value: Tensor, state: LayerState | None = None
-    ) -> KeyMap:
-        return released_key_map(key, value, layout, self.ratio, self.weight, state=state)
 
 
 def register() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moda_kernels.alignment.aligner import DuplexAligner
 from moda_kernels.alignment.maps import FUSIONS
+from moda_kernels.alignment.released import ReleasedAligner
 from moda_kernels.integrations.transformers import attention as layers_
 from moda_kernels.integrations.transformers.attention import ALIGNER, MODEL, NAME, SETTINGS
 from moda_kernels.integrations.transformers.covered import refuse_unknown, window_of
@@ -123,7 +124,7 @@ def enable(
         like = next(p for p in module.parameters() if p.is_floating_point())
         options: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
         if fusion == "released":
-            aligners[index] = layers_.ReleasedAligner(module.head_dim, **options)
+            aligners[index] = ReleasedAligner(module.head_dim, **options)
         else:
             aligners[index] = DuplexAligner(module.head_dim, m, fusion=fusion, scope=scope, renorm=renorm, **options)
         if parameters is not None:
