@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "intervals.h"
+#include "plan.h"
 #include "segmentation.h"
 #include "tiles.h"
 #include "walks.h"
@@ -222,13 +223,47 @@ void key_walk(int device, Address stream, Address workspace, int passes, int int
   MODA_RUN(key_walk, a, device, stream, workspace);
 }
 
+// A plan's arguments, as Python passes them: tokens, queries and sequences; passes, first_pass, last_pass and intervals;
+// addresses of limits, positions, cu_seqlens and cu_seqlens_q; unite; the costs.
+using PlanArguments = std::tuple<std::array<int, 3>, std::array<int, 4>, std::array<Address, 4>, bool,
+                                 std::array<int64_t, 8>>;
+
+moda::PlanAttention plan_arguments(const PlanArguments& arguments) {
+  const auto& [sizes, passes, addresses, unite, c] = arguments;
+  return {sizes[0],         sizes[1],         sizes[2],         passes[0],
+          passes[1],        passes[2],        passes[3],        at(addresses[0]),
+          at(addresses[1]), at(addresses[2]), at(addresses[3]), unite,
+          {c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7]}};
+}
+
+template <class T>
+py::bytearray bytes_of(const std::vector<T>& values) {
+  return py::bytearray(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(T));
+}
+
+py::tuple plan_attention(const PlanArguments& arguments) {
+  moda::Plan plan;
+  {
+    const py::gil_scoped_release unlocked;
+    plan = moda::cpu::plan_attention(plan_arguments(arguments));
+  }
+  return py::make_tuple(bytes_of(plan.calls), bytes_of(plan.indices));
+}
+
+void plan_masks(const PlanArguments& arguments, int calls, Address plan, Address indices, Address masks,
+                Address hidden) {
+  const moda::PlanMasks m{calls, at<const moda::PlannedCall>(plan), at(indices), at<uint8_t>(masks),
+                          at<uint8_t>(hidden)};
+  moda::cpu::plan_masks(plan_arguments(arguments), m);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(MODA_MODULE, module) {
   using namespace pybind11::literals;
   using Unlocked = py::call_guard<py::gil_scoped_release>;
-  module.doc() = "Segmentation, tile lists and walks in C++ and CUDA; use it through moda_kernels.runtime.native.";
-  module.attr("INTERFACE") = 2;  // as in native.py
+  module.doc() = "Segmentation, intervals, tiles and plans; use it through moda_kernels.runtime.native.";
+  module.attr("INTERFACE") = 3;  // as in native.py
   module.attr("WITH_CUDA") = kWithCuda;
   module.attr("CUDA_ARCHITECTURES") = MODA_CUDA_ARCHITECTURES;
   module.attr("CUDA_RUNTIME") = runtime_version();
@@ -261,4 +296,8 @@ PYBIND11_MODULE(MODA_MODULE, module) {
   module.def("key_walk", &key_walk, py::kw_only(), "device"_a, "stream"_a, "workspace"_a, "passes"_a, "intervals"_a,
              "sequences"_a, "rows"_a, "tokens"_a, "limits"_a, "positions"_a, "queries"_a, "keys"_a, "chains"_a,
              "tiles"_a, "order"_a, "runs"_a, "query_lists"_a, Unlocked());
+  module.attr("CALL_FIELDS") = moda::kCallFields;
+  module.def("plan_attention", &plan_attention, "arguments"_a, "Calls and indices of a plan, int32.");
+  module.def("plan_masks", &plan_masks, "arguments"_a, "calls"_a, "plan"_a, "indices"_a, "masks"_a, "hidden"_a,
+             Unlocked());
 }

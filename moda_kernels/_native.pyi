@@ -131,3 +131,11 @@ def key_walk(
     runs: int,
     query_lists: int,
 ) -> None: ...
+
+CALL_FIELDS: int
+
+# tokens, queries, sequences; passes, first, last, intervals; addresses; unite; costs
+_Plan = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], bool, tuple[int, ...]]
+
+def plan_attention(arguments: _Plan) -> tuple[bytearray, bytearray]: ...
+def plan_masks(arguments: _Plan, calls: int, plan: int, indices: int, masks: int, hidden: int) -> None: ...

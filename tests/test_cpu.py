@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import moda_kernels as mk
 from moda_kernels import backends, testing
 from moda_kernels.backends.cpu import CpuBackend
-from moda_kernels.backends.cpu.plan import PlanCost, make_jobs, size_of
+from moda_kernels.backends.cpu.plan import COSTS, Block, make_jobs
+from moda_kernels.tokens.intervals import mask_intervals
 from moda_kernels.tokens.mask import Visibility
 
 
@@ -65,41 +66,32 @@ def random_queries(rng: random.Random, layout: mk.ModalityLayout) -> tuple[int, 
     return rows, {"query_start": rng.choice([None, rng.randint(0, keys - rows)])}
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_plans_cover_each_visible_score_once(seed: int) -> None:
-    rng = random.Random(seed)
-    torch.manual_seed(seed)
-    layout = random_layout(rng, rng.randint(1, 3))
-    mask = random_mask(rng, layout.num_modalities)
-    rows, place = random_queries(rng, layout)
-    queries = layout.queries(rows, **place)
-    visible = mask.visible_to(layout, queries)
-    visible = visible[None] if layout.packed else visible
-    covered = torch.zeros(visible.shape, dtype=torch.int32)
-    for job in make_jobs(layout, mask, queries):
-        part = covered[job.batch, job.queries, job.keys]
-        for region in job.regions:
-            for block in region.blocks:
-                shape = size_of(block.rows), size_of(block.keys)
-                shown = torch.ones(shape, dtype=torch.int32)
-                shown = shown.tril() if block.causal else shown if block.mask is None else block.mask.int()
-                if block.causal:
-                    assert shape[0] == shape[1]
-                r, k = (torch.arange(10**4)[s] if isinstance(s, slice) else s for s in (block.rows, block.keys))
-                part[:, r[:, None], k[None, :]] += shown
-    assert torch.equal(covered, visible.int())
+def planned(layout: mk.ModalityLayout, mask: mk.ModularMask) -> list[Block]:
+    """The kernel calls of a plan for all tokens of a layout."""
+    queries = layout.queries()
+    intervals = mask_intervals(layout, queries, mask)
+    passes = 0, len(intervals.positions)
+    jobs = make_jobs(intervals, passes, layout.cu_seqlens, queries.cu_seqlens, layout.packed)
+    return [b for job in jobs for r in job.regions for b in r.blocks]
 
 
-@pytest.mark.parametrize("seed", range(24))
-def test_agrees_with_the_reference(seed: int) -> None:
+@pytest.mark.parametrize("rules", ["plain", "all"])
+@pytest.mark.parametrize("seed", range(32))
+def test_agrees_with_the_reference(seed: int, rules: str) -> None:
     rng = random.Random(1000 + seed)
     torch.manual_seed(seed)
-    layout = random_layout(rng, rng.randint(1, 3))
+    if rules == "plain":
+        layout = random_layout(rng, rng.randint(1, 3))
+        mask = random_mask(rng, layout.num_modalities)
+    else:
+        g = testing.generator(seed)
+        layout = testing.random_layout(g, most=rng.choice([40, 300]))
+        mask = testing.random_mask(g, layout.num_roles)
     m, n = layout.num_modalities, layout.num_sequences
     heads, group, dim = rng.choice([1, 2]), rng.choice([1, 3]), rng.choice([5, 8])
     value_dim = rng.choice([dim, 3, 11])
     rows, options = random_queries(rng, layout)
-    options["mask"] = random_mask(rng, m)
+    options["mask"] = mask
 
     def tensor(tokens: int, h: int, d: int) -> Tensor:
         shape = (tokens, h, d) if layout.packed else (n, h, tokens, d)
@@ -195,20 +187,17 @@ def three_images(length: int, images: tuple[int, ...]) -> mk.ModalityLayout:
 
 def test_large_segments_are_few_calls() -> None:
     layout = three_images(8192, (2880, 576, 1152))
-    jobs = make_jobs(layout, mk.ModularMask.bidirectional_within(2, [1]), layout.queries())
-    blocks = [b for job in jobs for r in job.regions for b in r.blocks]
+    blocks = planned(layout, mk.ModularMask.bidirectional_within(2, [1]))
     assert len(blocks) <= 11  # one per image, two per text but for the first
     assert all(b.mask is None for b in blocks)
-    jobs = make_jobs(layout, mk.ModularMask.causal(2), layout.queries())
-    assert [b.causal for job in jobs for r in job.regions for b in r.blocks] == [True]
+    assert [b.causal for b in planned(layout, mk.ModularMask.causal(2))] == [True]
 
 
 def test_short_segments_share_calls() -> None:
     ids = torch.arange(4096).div(16, rounding_mode="floor").remainder(2)[None]
     layout = mk.segment_modalities(ids, num_modalities=2)
-    jobs = make_jobs(layout, mk.ModularMask.bidirectional_within(2, [1]), layout.queries())
-    blocks = [b for job in jobs for r in job.regions for b in r.blocks]
-    assert len(blocks) <= 2 * 4096 / min(PlanCost.REGION_ROWS)  # 256 segments
+    blocks = planned(layout, mk.ModularMask.bidirectional_within(2, [1]))
+    assert len(blocks) <= 2 * 4096 / 256  # 256 segments
 
 
 class LargestTensor(TorchDispatchMode):
@@ -236,7 +225,7 @@ def test_memory_is_linear_in_length(kind: str) -> None:
     mask = mk.ModularMask.bidirectional_within(2, [1])
     with LargestTensor() as largest:
         mk.moda_attention(q, k, v, layout=layout, mask=mask, backend="cpu").sum().backward()
-    assert largest.numel <= max(PlanCost.REGION_ROWS) * 4 * 1024 < length**2 / 8
+    assert largest.numel <= COSTS.most * 4 * 1024 < length**2 / 8
 
 
 def test_plans_are_made_once_per_layout(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 CSRC = Path(__file__).parents[1] / "csrc"
-CPU_FILES = ("cpu.cpp", "cpu_intervals.cpp", "cpu_walks.cpp")
+CPU_FILES = ("cpu.cpp", "cpu_intervals.cpp", "cpu_walks.cpp", "plan.cpp")
 CUDA_FILES = ("cuda_segmentation.cu", "cuda_intervals.cu", "cuda_tiles.cu", "cuda_walks.cu")
 #: Where the twins are; the others: in `segments`.
 TWINS = {"tile_lists": tiles, "mask_intervals": intervals, "query_walk": walks, "key_walk": walks}

@@ -19,7 +19,7 @@ from torch import Tensor
 from moda_kernels.runtime import checks
 
 #: Changes with the extension's functions, as in `csrc/bindings.cpp`: an old build must not be taken for a new one.
-INTERFACE = 2
+INTERFACE = 3
 
 _extension: types.ModuleType | None = None
 _missing: str | None = None  # why there is no extension
@@ -348,6 +348,74 @@ def _walk_call(
         "keys": (cu_k.data_ptr(), lengths[1], blocks[1], capacities[1]),
     }
     return call, (limits, positions, cu_q, cu_k, workspace)
+
+
+def plan_attention(
+    limits: Tensor,
+    positions: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_q: Tensor,
+    passes: tuple[int, int],
+    unite: bool,
+    costs: tuple[int, ...],
+) -> tuple[Tensor, Tensor]:
+    """See `backends.cpu.twin.plan_attention`, its twin."""
+    extension = _loaded()
+    arguments, _kept = _plan_arguments(limits, positions, cu_seqlens, cu_seqlens_q, passes, unite, costs)
+    calls, indices = extension.plan_attention(arguments)
+    # An empty buffer is no buffer.
+    made = [
+        torch.frombuffer(x, dtype=torch.int32) if x else torch.empty(0, dtype=torch.int32, device="cpu")
+        for x in (calls, indices)
+    ]
+    return made[0].view(-1, extension.CALL_FIELDS), made[1]
+
+
+def plan_masks(
+    limits: Tensor,
+    positions: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_q: Tensor,
+    passes: tuple[int, int],
+    calls: Tensor,
+    indices: Tensor,
+    sizes: tuple[int, int],
+) -> tuple[Tensor, Tensor]:
+    """See `backends.cpu.twin.plan_masks`, its twin."""
+    extension = _loaded()
+    arguments, _kept = _plan_arguments(limits, positions, cu_seqlens, cu_seqlens_q, passes, False, (0,) * 8)
+    masks, hidden = (torch.empty(n, dtype=torch.bool, device="cpu") for n in sizes)
+    calls = _checked("calls", calls, calls.device, (calls.shape[0], extension.CALL_FIELDS))
+    indices = _checked("indices", indices, calls.device, tuple(indices.shape))
+    addresses = [t.data_ptr() for t in (calls, indices, masks, hidden)]
+    extension.plan_masks(arguments, calls.shape[0], *addresses)
+    return masks, hidden
+
+
+def _plan_arguments(
+    limits: Tensor,
+    positions: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_q: Tensor,
+    passes: tuple[int, int],
+    unite: bool,
+    costs: tuple[int, ...],
+) -> tuple[tuple[object, ...], list[Tensor]]:
+    """What the extension takes, and the tensors to keep until it has been called."""
+    device, sequences = positions.device, cu_seqlens.numel() - 1
+    number, tokens = positions.shape
+    intervals, rows = limits.shape[1], limits.shape[3]
+    kept = [
+        _checked("limits", limits, device, (number, intervals, 2, rows)),
+        _checked("positions", positions, device, (number, tokens)),
+        _checked("cu_seqlens", cu_seqlens, device, (sequences + 1,)),
+        _checked("cu_seqlens_q", cu_seqlens_q, device, (sequences + 1,)),
+    ]
+    if not 0 <= passes[0] <= passes[1] <= number:
+        raise checks.wrong_value("passes", f"a range within the {number} passes", passes)
+    sizes = (tokens, rows, sequences)
+    addresses = tuple(t.data_ptr() for t in kept)
+    return (sizes, (number, *passes, intervals), addresses, unite, costs), kept
 
 
 def _loaded() -> types.ModuleType:

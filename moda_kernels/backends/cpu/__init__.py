@@ -1,4 +1,4 @@
-"""The CPU backend: a mask made of segments is a set of rectangles, and ATen's flash kernel runs each of them.
+"""The CPU backend: a mask made of intervals is a set of rectangles, and ATen's flash kernel runs each of them.
 
 `plan.py` finds the rectangles, `rectangles.py` runs them; this file takes a checked call apart. Keys are aligned first
 (written out once per key head); a pair bias becomes a few more columns of query and key, so that it neither cuts
@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moda_kernels.alignment.maps import align_keys
-from moda_kernels.backends.cpu.plan import Job, make_jobs
+from moda_kernels.backends.cpu.plan import COSTS, NARROW_COSTS, Job, make_jobs
 from moda_kernels.backends.cpu.rectangles import RectangleAttention
 from moda_kernels.call import AttentionCall
 from moda_kernels.products.twin import compute_dtype
-from moda_kernels.tokens.mask import ModularMask
+from moda_kernels.tokens.intervals import mask_intervals, passes_of
 
 _OPERATORS = (
     "_scaled_dot_product_flash_attention_for_cpu",
@@ -36,7 +36,7 @@ class CpuBackend:
         return [f"torch {torch.__version__} has no operator aten::{name}" for name in missing]
 
     def why_not(self, call: AttentionCall) -> list[str]:
-        reasons = call.mask.why_not_pairwise(call.layout)
+        reasons = []
         if call.query.device.type != "cpu":
             reasons.append(f"it runs on the CPU, the tensors are on {call.query.device}")
         if call.query.dtype not in _DTYPES:
@@ -51,12 +51,24 @@ class CpuBackend:
         with torch.autocast("cpu", enabled=False):
             return self._attend(call)
 
-    def jobs(self, call: AttentionCall, mask: ModularMask) -> list[Job]:
-        """The rectangles of a call, for its own mask or a part of it; made once per layout, shared by all layers."""
-        rows = call.queries
-        narrow = call.query.dtype.itemsize == 2
-        key = ("jobs", mask, narrow, rows.shape, tuple(rows.first_column.tolist()), tuple(rows.cu_seqlens.tolist()))
-        return call.layout.remember(key, lambda: make_jobs(call.layout, mask, rows, narrow))
+    def jobs(self, call: AttentionCall) -> list[list[Job]]:
+        """The rectangles of each softmax of a call; made once per layout, shared by all layers."""
+        layout, rows = call.layout, call.queries
+        key = ("jobs", call.mask, call.split, call.query.dtype.itemsize == 2)
+
+        def make() -> list[list[Job]]:
+            intervals = mask_intervals(layout, rows, call.mask, call.split)
+            made = passes_of(layout, call.mask, call.split)
+            costs = NARROW_COSTS if call.query.dtype.itemsize == 2 else COSTS
+            branches = [(0, made.second), (made.second, len(made.passes))] if call.split else [(0, made.second)]
+            bounds = layout.cu_seqlens, rows.cu_seqlens
+            return [make_jobs(intervals, branch, *bounds, layout.packed, costs) for branch in branches]
+
+        def known() -> list[list[Job]]:
+            where = (rows.shape, tuple(rows.first_column.tolist()), tuple(rows.cu_seqlens.tolist()))
+            return layout.remember((*key, *where), make)
+
+        return rows.remember(key, known)
 
     def _attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         layout = call.layout
@@ -72,17 +84,18 @@ class CpuBackend:
         q, k, v = (x if x.shape[-1] == dim else F.pad(x, (0, dim - x.shape[-1])) for x in (q, k, v))
         attn_mask = None if call.attn_mask is None else _additive(call.attn_mask, compute_dtype(q))
 
-        def part(mask: ModularMask, same: bool | None) -> tuple[Tensor, Tensor]:
-            """One softmax over what a mask shows; `same`: its keys' modality against the query's, None: both."""
-            extra = None if call.pseudo is None else _log_pseudo(call, mask, same)
-            out, lse = RectangleAttention.apply(q, k, v, extra, attn_mask, self.jobs(call, mask), scale)
+        def part(jobs: list[Job], same: bool | None) -> tuple[Tensor, Tensor]:
+            """One softmax over keys of the query's modality (`same`), of the others, or of all (None)."""
+            extra = None if call.pseudo is None else _log_pseudo(call, same)
+            out, lse = RectangleAttention.apply(q, k, v, extra, attn_mask, jobs, scale)
             # A slice of everything would cost a copy in the backward.
             return out if value_dim == dim else out[..., :value_dim], lse
 
+        jobs = self.jobs(call)
         if not call.split:
-            out, lse = part(call.mask, None)
+            out, lse = part(jobs[0], None)
         else:
-            own, cross = part(call.mask.part(same=True), True), part(call.mask.part(same=False), False)
+            own, cross = part(jobs[0], True), part(jobs[1], False)
             weights = [w[:, None, None] if isinstance(w, Tensor) else w for w in call.branch_weights]
             wide = own[1].dtype
             out = (weights[0] * own[0].to(wide) + weights[1] * cross[0].to(wide)).to(call.query.dtype)
@@ -90,19 +103,23 @@ class CpuBackend:
         return (out[0].transpose(0, 1), lse[0]) if layout.packed else (out, lse)
 
 
-def _log_pseudo(call: AttentionCall, mask: ModularMask, same: bool | None) -> Tensor:
-    """log P_i, ``[B, Hq, Lq]`` (packed: a batch of one); -inf for padding."""
+def _log_pseudo(call: AttentionCall, same: bool | None) -> Tensor:
+    """log P_i, ``[B, Hq, Lq]`` (packed: a batch of one), of one softmax; -inf for padding."""
     assert call.pseudo is not None
     layout, queries = call.layout, call.queries
     modality = queries.of(layout.modality)
-    seen = mask.count_visible(layout, queries).sum(-1)
+
+    def counted(counts: Tensor) -> Tensor:
+        """Of keys by modality ``[…, M]`` those of this softmax."""
+        if same is None:
+            return counts.sum(-1)
+        own = counts.gather(-1, modality.clamp(min=0).long()[..., None])[..., 0]
+        return own if same else counts.sum(-1) - own
+
+    seen = counted(call.mask.count_visible(layout, queries))
     tokens = torch.zeros_like(seen)
     if layout.num_sequences:
-        counts = layout.counts[queries.of(layout.sequence, 0).long()]
-        tokens = counts.sum(-1)
-        if same is not None:
-            own = counts.gather(-1, modality.clamp(min=0).long()[..., None])[..., 0]
-            tokens = own if same else tokens - own
+        tokens = counted(layout.counts[queries.of(layout.sequence, 0).long()])
     if layout.packed:
         tokens, seen, modality = tokens[None], seen[None], modality[None]
     extra = call.pseudo.log_mass(tokens, seen, compute_dtype(call.query))

@@ -1,0 +1,170 @@
+"""Plans of the CPU backend from random intervals: each visible score once, the same without the extension."""
+
+import itertools
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from moda_kernels.backends.cpu import twin
+from moda_kernels.backends.cpu.plan import COSTS, Job, make_jobs, size_of
+from moda_kernels.runtime import native
+from moda_kernels.tokens.intervals import FAR, NOTHING, Intervals
+
+
+def random_intervals(rng: random.Random) -> tuple[Intervals, Tensor, Tensor, bool]:
+    """Intervals that no rules need to have made, cu_seqlens, cu_seqlens_q, and whether documents are packed."""
+    packed, passes, slots = rng.random() < 0.5, rng.choice([0, 1, 1, 2, 4]), rng.choice([1, 2])
+    kind = rng.choice(["rising", "alike", "window", "steps", "any", "any"])
+    most = rng.choice([1, 7, 100, 300])
+    count = rng.randint(0, 3)
+    lengths = [rng.randint(0, most) for _ in range(count)]
+    rows = [rng.choice([n, n, rng.randint(0, n)]) for n in lengths]
+    if not packed:
+        lengths, rows = lengths[:1] * count, rows[:1] * count
+    limits = torch.empty(passes, slots, 2, sum(rows), dtype=torch.int32)
+    positions = torch.full((passes, sum(lengths)), -1, dtype=torch.int32)
+    run, width = rng.choice([1, 3, 40, 200]), rng.choice([1, 5, 64])
+    base = rng.randint(0, 10**6)
+    for n, (length, number) in enumerate(zip(lengths, rows, strict=True)):
+        if not packed and rng.random() < 0.7:
+            rng.seed(base)  # as the sequence before
+        begin, first = sum(lengths[:n]), sum(rows[:n])
+        owner, position = -1, 0
+        for k in range(length):
+            if k % run == 0:
+                owner = rng.randrange(-1, passes)
+            if rng.random() < 0.05:
+                continue  # padding
+            if owner >= 0:
+                positions[owner, begin + k] = position
+            position += 1
+        for p in range(passes):
+            there = rng.random() < 0.8
+            for r in range(number):
+                at = length - number + r
+                low, high, before = -1, at, -1
+                if kind == "window":
+                    low = max(-1, at - width)
+                elif kind == "steps":
+                    high = (at // run + 1) * run - 1
+                elif kind == "alike":
+                    high = FAR
+                elif kind == "any" and (r % run == 0 or rng.random() < 0.2):
+                    low = rng.randint(-1, length)
+                    high = rng.choice([rng.randint(-1, length + 3), FAR])
+                elif kind == "any":
+                    low, high = (int(x) for x in limits[p, 0, :, first + r - 1])
+                if slots == 2 and low > 0 and low < high:
+                    before = rng.choice([-1, low - 1, low // 2])
+                hidden = not there or rng.random() < 0.02
+                limits[p, 0, 0, first + r], limits[p, 0, 1, first + r] = (
+                    NOTHING if hidden or low >= high else (low, high)
+                )
+                if slots == 2:
+                    limits[p, 1, 0, first + r], limits[p, 1, 1, first + r] = NOTHING if before < 0 else (-1, before)
+
+    def bounds(of: list[int]) -> Tensor:
+        return torch.tensor([0, *of]).cumsum(0).int()
+
+    return Intervals(limits, positions), bounds(lengths), bounds(rows), packed
+
+
+def written_out(intervals: Intervals, passes: tuple[int, int], of_keys: Tensor, of_rows: Tensor) -> list[Tensor]:
+    """How often each query row of a sequence sees each of its keys, ``[rows, keys]`` for each sequence."""
+    limits, positions = intervals
+    sequences = []
+    for (k0, k1), (r0, r1) in zip(
+        itertools.pairwise(of_keys.tolist()), itertools.pairwise(of_rows.tolist()), strict=True
+    ):
+        seen = torch.zeros(r1 - r0, k1 - k0, dtype=torch.int32)
+        for p, i in itertools.product(range(*passes), range(limits.shape[1])):
+            low, high = limits[p, i, :, r0:r1, None]
+            key = positions[p, k0:k1]
+            seen += ((low < key) & (key <= high) & (key >= 0)).int()
+        sequences.append(seen)
+    return sequences
+
+
+def covered(jobs: list[Job], of_keys: Tensor, of_rows: Tensor, packed: bool) -> list[Tensor]:
+    """How often the calls of a plan cover each score, as `written_out`."""
+    k, r = of_keys.tolist(), of_rows.tolist()
+    counts = [
+        torch.zeros(b - a, d - c, dtype=torch.int32)
+        for (a, b), (c, d) in zip(itertools.pairwise(r), itertools.pairwise(k), strict=True)
+    ]
+    for job in jobs:
+        numbers = range(job.batch.start, job.batch.stop)
+        if packed:
+            assert numbers == range(1)
+            numbers = [
+                n
+                for n in range(len(counts))
+                if counts[n].numel() and (r[n], k[n]) == (job.queries.start, job.keys.start)
+            ]
+            assert len(numbers) == 1 and (job.queries.stop, job.keys.stop) == (r[numbers[0] + 1], k[numbers[0] + 1])
+        for region, number in itertools.product(job.regions, numbers):
+            for block in region.blocks:
+                shape = size_of(block.rows), size_of(block.keys)
+                shown = torch.ones(shape, dtype=torch.int32)
+                shown = shown.tril() if block.causal else shown if block.mask is None else block.mask.int()
+                hidden = torch.zeros(shape[0], dtype=torch.bool) if block.hidden is None else block.hidden
+                assert torch.equal(hidden, shown.sum(1) == 0)
+                assert not block.causal or shape[0] == shape[1]
+                rows, keys = (
+                    torch.arange(s.start, s.stop) if isinstance(s, slice) else s for s in (block.rows, block.keys)
+                )
+                counts[number][rows[:, None], keys[None, :]] += shown
+    return counts
+
+
+#: Small ones too, so that few rows make many regions.
+_COSTS = (
+    COSTS,
+    COSTS._replace(call=40, row=1, key=1, atom=4, most=30, whole=0),
+    COSTS._replace(call=0, atom=1, whole=9),
+)
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_plans_cover_each_visible_score_once(seed: int) -> None:
+    rng = random.Random(seed)
+    intervals, of_keys, of_rows, packed = random_intervals(rng)
+    number = len(intervals.positions)
+    passes = rng.choice([(0, number), (0, number), (number // 2, number)])
+    jobs = make_jobs(intervals, passes, of_keys, of_rows, packed, rng.choice(_COSTS))
+    expected = written_out(intervals, passes, of_keys, of_rows)
+    for got, seen in zip(covered(jobs, of_keys, of_rows, packed), expected, strict=True):
+        assert torch.equal(got, seen)
+
+
+@pytest.mark.skipif(not native.runs_on(torch.device("cpu")), reason="needs the native extension")
+@pytest.mark.parametrize("seed", range(150))
+def test_native_plans_are_those_of_the_twin(seed: int) -> None:
+    rng = random.Random(1000 + seed)
+    intervals, of_keys, of_rows, packed = random_intervals(rng)
+    where = (*intervals, of_keys, of_rows, (0, len(intervals.positions)))
+    costs = rng.choice(_COSTS)
+    calls, indices = native.plan_attention(*where, not packed, costs)
+    expected = twin.plan_attention(*where, not packed, costs)
+    assert torch.equal(calls, expected[0]) and torch.equal(indices, expected[1])
+    masked = [call for call in calls.tolist() if call[3] == twin.MASKED]
+    sizes = sum(call[4] * call[7] for call in masked), sum(call[4] for call in masked)
+    for got, mask in zip(
+        native.plan_masks(*where, calls, indices, sizes), twin.plan_masks(*where, calls, indices, sizes), strict=True
+    ):
+        assert torch.equal(got, mask)
+
+
+@pytest.mark.parametrize("planner", [twin, native], ids=["twin", "native"])
+def test_positions_that_do_not_rise_are_refused(planner: object) -> None:
+    if planner is native and not native.runs_on(torch.device("cpu")):
+        pytest.skip("needs the native extension")
+    limits = torch.tensor([-1, FAR]).int().view(1, 1, 2, 1).expand(1, 1, 2, 3)
+    bounds = torch.tensor([0, 3]).int()
+    for positions in ([0, 0, 1], [2, 1, 0], [0, 1, 3]):
+        with pytest.raises(ValueError, match="positions: expected them to rise"):
+            planner.plan_attention(  # type: ignore[attr-defined]
+                limits, torch.tensor([positions]).int(), bounds, bounds, (0, 1), False, COSTS
+            )
