@@ -324,3 +324,19 @@ def test_default_device_does_not_matter() -> None:
             got = run(fresh, backend)
         for e, g in zip(expected, got, strict=True):
             torch.testing.assert_close(g, e)
+
+
+@pytest.mark.parametrize("which", ["query", "key", "value", "d out"])
+def test_rows_whose_numbers_are_apart(which: str) -> None:
+    """ATen's kernel takes a last stride of 1 for granted."""
+    layout = mk.segment_modalities(torch.tensor([[0, 0, 1, 1, 0, 1, 1]]), num_modalities=2)
+    mask = mk.ModularMask.bidirectional_within(2, [1])
+    given = {name: torch.randn(1, 2, 7, 8, dtype=torch.float64) for name in ("query", "key", "value", "d out")}
+    apart = given | {which: torch.stack((given[which], torch.full_like(given[which], math.nan)), -1)[..., 0]}
+    assert apart[which].stride(-1) == 2
+    results = []
+    for tensors in (given, apart):
+        leaves = [tensors[name].requires_grad_() for name in ("query", "key", "value")]
+        out = mk.moda_attention(*leaves, layout=layout, mask=mask, backend="cpu")
+        results.append((out, *torch.autograd.grad(out, leaves, tensors["d out"])))
+    torch.testing.assert_close(results[1], results[0])

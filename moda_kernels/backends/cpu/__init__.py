@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moda_kernels.alignment.maps import align_keys
 from moda_kernels.backends.cpu.plan import COSTS, NARROW_COSTS, Job, make_jobs
-from moda_kernels.backends.cpu.rectangles import RectangleAttention
+from moda_kernels.backends.cpu.rectangles import RectangleAttention, neighbours
 from moda_kernels.call import AttentionCall
 from moda_kernels.products.twin import compute_dtype
 from moda_kernels.tokens.intervals import mask_intervals, passes_of
@@ -81,7 +81,7 @@ class CpuBackend:
         if call.pair_bias is not None:
             q, k = _with_bias_columns(q, k, call, scale)
         dim = max(q.shape[-1], v.shape[-1])
-        q, k, v = (x if x.shape[-1] == dim else F.pad(x, (0, dim - x.shape[-1])) for x in (q, k, v))
+        q, k, v = (neighbours(x if x.shape[-1] == dim else F.pad(x, (0, dim - x.shape[-1]))) for x in (q, k, v))
         attn_mask = None if call.attn_mask is None else _additive(call.attn_mask, compute_dtype(q))
 
         def part(jobs: list[Job], same: bool | None) -> tuple[Tensor, Tensor]:

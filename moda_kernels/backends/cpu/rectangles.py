@@ -27,11 +27,16 @@ def _backward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
     return result
 
 
+def neighbours(x: Tensor) -> Tensor:
+    """With the numbers of a row side by side in memory: ATen's kernel takes that for granted, whatever the stride."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 class RectangleAttention(torch.autograd.Function):
     """out ``[B, Hq, Lq, D]`` and lse ``[B, Hq, Lq]`` of the rectangles of some jobs.
 
     Args:
-        query: ``[B, Hq, Lq, D]``, key and value ``[B, Hkv, L, D]``, one dtype, value size = key size.
+        query: ``[B, Hq, Lq, D]``, key and value ``[B, Hkv, L, D]``, one dtype, value size = key size; `neighbours`.
         extra: log of what each row's softmax sum gets besides its keys, ``[B, Hq, Lq]`` in lse's dtype; or None.
         attn_mask: additive, ``[B or 1, Hq or 1, Lq or 1, L or 1]`` in lse's dtype, without gradient; or None.
         jobs: the rectangles; rows in none of them get output 0. scale: τ⁻¹.
@@ -122,7 +127,7 @@ class _RectangleGradient(torch.autograd.Function):
             change = -(out.to(wide) * dout.to(wide)).sum(-1)
             change = change if dlse is None else change + dlse
             dextra = torch.exp(extra - torch.where(torch.isneginf(lse), 0, lse)) * change
-        dim = query.shape[-1]
+        dim, dout = query.shape[-1], neighbours(dout)
         if dlse is not None:
             # ATen takes delta = rowsum(out · dout); a gradient of lse is to be taken off it. One more value column
             # that is 0 in every key, -dlse in out and 1 in dout does that.
