@@ -231,6 +231,11 @@ class _TokenMap(KeyMap):
         return self.aligner._fused(self.source, key.flatten(0, -3), layout).view(key.shape)
 
 
+def _without_padding(tokens: Tensor, layout: ModalityLayout) -> Tensor:
+    """``[tokens, H, D]`` with 0 at padding, which may hold anything: 0 times NaN is a gradient of NaN."""
+    return torch.where((layout.modality.flatten() >= 0)[:, None, None], tokens, 0)
+
+
 def released_key_map(
     key: Tensor,
     value: Tensor,
@@ -244,7 +249,7 @@ def released_key_map(
     """The release's alignment: G = Σ over text of u_tᵀ v_t, rows normed; vision keys k' = (k + r ⊙ (u Ĝ)) Wᵀ."""
     keys, values = maps.to_tokens("key", key, layout), maps.to_tokens("value", value, layout)
     dtype = compute_dtype(keys, values)
-    shifted = keys.to(dtype) + 1e-6
+    shifted = _without_padding(keys, layout).to(dtype) + 1e-6
     unit = shifted / shifted.norm(dim=-1, keepdim=True)
     n, m = layout.counts.shape
     matrix = torch.eye(keys.shape[-1], dtype=dtype, device=key.device).repeat(n, m, keys.shape[1], 1, 1)
@@ -266,7 +271,7 @@ def align_keys(key: Tensor, key_map: KeyMap, layout: ModalityLayout) -> Tensor:
     if not isinstance(key_map, ModalityMap):
         return maps.align_keys(key, key_map, layout)
     tokens = maps.to_tokens("key", key, layout)
-    k = tokens.to(compute_dtype(tokens, key_map.matrix))
+    k = _without_padding(tokens, layout).to(compute_dtype(tokens, key_map.matrix))
     group = layout.groups("modality")
     mapped = (group >= 0) & key_map.mapped.flatten()[group.clamp(min=0)]
     fused = torch.einsum("thd,thde->the", k, key_map.matrix.flatten(0, 1)[group.clamp(min=0)])

@@ -1,6 +1,7 @@
 """The alignment of the authors' released weights: recorded inputs and outputs of the released code (float64,
 data/released_mha.npz), and the rules around it."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -271,3 +272,15 @@ ERRORS: dict[str, tuple[Callable[[], object], type[Exception], list[str]]] = {
 @pytest.mark.parametrize("name", ERRORS)
 def test_errors(name: str, refused: Callable[..., None]) -> None:
     refused(*ERRORS[name])
+
+
+def test_reference_has_no_gradient_from_padding() -> None:
+    """Padding may hold anything, and 0 times NaN is NaN."""
+    layout = mk.segment_modalities(torch.tensor([[0, 1, -1, 1]]), num_modalities=2)
+    key, value = (torch.randn(1, 1, 4, 4, dtype=torch.float64) for _ in range(2))
+    key[:, :, 2] = value[:, :, 2] = math.nan
+    leaves = [t.requires_grad_() for t in (key, value, torch.ones(4).double(), torch.eye(4).double())]
+    key_map = mk.reference.released_key_map(*leaves[:2], layout, *leaves[2:])
+    fused = mk.reference.align_keys(leaves[0], key_map, layout)
+    for grad in torch.autograd.grad(fused[:, :, [0, 1, 3]].sum(), leaves):
+        assert bool(torch.isfinite(grad).all())
