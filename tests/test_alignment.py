@@ -523,3 +523,14 @@ def test_modality_ids_in_place_of_a_layout() -> None:
         assert torch.equal(mk.align_keys(key, key_map, ids), fuse(module, key, layout))
         out = mk.moda_attention(key, key, key, layout=ids, key_map=key_map)
         assert torch.equal(out, mk.moda_attention(key, key, key, layout=layout, key_map=module(key, layout)))
+
+
+def test_causal_scope_over_padding_alone() -> None:
+    """With room for segments that aren't there."""
+    ids = torch.full((3,), -1)
+    layout = mk.segment_modalities(ids, num_modalities=2, cu_seqlens=torch.tensor([0, 3]), max_segments=3)
+    key = torch.randn(3, 2, 8, requires_grad=True)
+    fused = mk.align_keys(key, mk.DuplexAligner(8, 2, fusion="concat", scope="causal")(key, layout), layout)
+    assert torch.equal(fused, key)
+    (grad,) = torch.autograd.grad(fused, key, torch.ones_like(fused))
+    assert torch.equal(grad, torch.ones_like(grad))
