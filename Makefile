@@ -16,7 +16,7 @@ INSTALLED := $(VENV)/.installed
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format wheel compile-all sanitize clean extension python
+.PHONY: help demo test fuzz lint format wheel compile-all sanitize clean extension python
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -30,6 +30,9 @@ demo: extension ## run the demonstration
 
 test: extension ## run the tests
 	$(PY) -m pytest $$($(PY) -c 'import xdist; print("-n 2 --dist worksteal")' 2>/dev/null) $(ARGS)
+
+fuzz: extension ## random calls against the reference: BACKEND=cpu, triton or reference; CALLS=500; SEED=0, of the first
+	@$(PY) -m moda_kernels.testing --backend $(or $(BACKEND),cpu) --seed $(or $(SEED),0) --calls $(or $(CALLS),500)
 
 lint: $(INSTALLED) ## check style and types
 	$(PY) -m ruff check .

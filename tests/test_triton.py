@@ -3,8 +3,7 @@ padding, compilers and transforms. On the CPU in Triton's interpreter; on a GPU 
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ from moda_kernels.backends.triton import TritonBackend, folds, tuning
 from moda_kernels.backends.triton import passes as triton_passes
 from moda_kernels.call import AttentionCall
 from moda_kernels.runtime import checks, gpu
-from moda_kernels.testing import CASES, Case, generator
+from moda_kernels.testing import CASES, Case, generator, poisoned_memory
 
 if gpu.why_absent():
     pytest.skip("; ".join(gpu.why_absent()), allow_module_level=True)
@@ -52,22 +51,6 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
         monkeypatch.setattr(kernels, name, counted)
     return counts
-
-
-@contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """`torch.empty` gives NaN, so that whatever a kernel does not write shows."""
-    empty = torch.empty
-
-    def poisoned(*arguments: Any, **named: Any) -> Tensor:
-        made = empty(*arguments, **named)
-        return made.fill_(math.nan) if made.is_floating_point() else made.fill_(2**30)
-
-    torch.empty = poisoned  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.empty = empty
 
 
 def check(case: Case, dtype: torch.dtype = torch.float32, **sizes: int) -> None:

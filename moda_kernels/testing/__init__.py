@@ -1,6 +1,6 @@
 """For tests, benchmarks and `verify`: cases of attention, the oracle and the error criterion.
 
-`cases.py` makes inputs; `oracle.py` runs and judges them.
+`cases.py` makes inputs; `oracle.py` runs and judges them. `fuzz.py` makes random ones; `dense.py` is a second oracle.
 """
 
 from moda_kernels.testing.cases import (
@@ -23,6 +23,7 @@ from moda_kernels.testing.oracle import (
     head_orders,
     judge,
     oracle,
+    poisoned_memory,
     reordered,
     run,
     sdpa_errors,
@@ -30,6 +31,6 @@ from moda_kernels.testing.oracle import (
 
 __all__ = [
     "CASES", "PADDING", "Case", "Comparison", "Inputs", "Result", "check", "compare", "eager", "generator",
-    "head_orders", "judge", "oracle", "random_ids", "random_layout", "random_mask", "random_steps", "reordered",
-    "run", "sdpa_errors",
+    "head_orders", "judge", "oracle", "poisoned_memory", "random_ids", "random_layout", "random_mask", "random_steps",
+    "reordered", "run", "sdpa_errors",
 ]  # fmt: skip

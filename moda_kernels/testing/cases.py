@@ -154,10 +154,18 @@ class Inputs:
         tensors: every differentiable tensor, by name; query, key and value among them.
         arguments: from such tensors to the keyword arguments of `moda_attention` other than query, key and value (maps
             of keys are made anew from the tensors, so that gradients reach the aligner's parameters).
+        fixed: tensors that want no gradient after all.
+        lse_gradient: whether a gradient flows into lse.
+        normed: a Gram matrix is normed on the way (see `oracle.eager`).
+        may_be_unused: a tensor that the output doesn't depend on has a gradient of 0; else that is an error.
     """
 
     tensors: dict[str, Tensor]
     arguments: Callable[[dict[str, Tensor]], dict[str, Any]]
+    fixed: frozenset[str] = frozenset()
+    lse_gradient: bool = True
+    normed: bool = False
+    may_be_unused: bool = False
 
     def call(self, tensors: dict[str, Tensor], **more: Any) -> Any:
         """`moda_attention` on these tensors, with lse."""
@@ -303,7 +311,8 @@ class Case:
         tensors = {name: t.to(device, dtype) for name, t in tensors.items()}
         layout = layout.to(device)
         fixed = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in arguments.items()}
-        return Inputs(tensors, lambda t: self._arguments(t, layout, dict(fixed)))
+        normed = self.fusion not in (None, "released")
+        return Inputs(tensors, lambda t: self._arguments(t, layout, dict(fixed)), normed=normed)
 
     def _queries(self, layout: ModalityLayout, arguments: dict[str, Any], g: torch.Generator) -> int:
         """Query rows (packed: of all documents); puts into ``arguments`` what says where they stand."""

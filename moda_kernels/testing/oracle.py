@@ -5,9 +5,11 @@ at most twice that of the same maths in eager low precision (the reference backe
 in the last place of the largest number.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +41,7 @@ def run(
     compute: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     seed: int = 0,
+    attend: Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]] | None = None,
     **sizes: int,
 ) -> Result:
     """Run a case forward and backward, under random gradients of out and lse.
@@ -47,21 +50,41 @@ def run(
         dtype: to which the inputs are rounded.
         backend: as in `moda_attention`.
         compute: to which the rounded inputs are then cast. Default: ``dtype``.
+        attend: from a case's tensors to out and lse. Default: `moda_attention`.
         sizes: length and head_dim, of `Case.build`.
 
     Raises:
         NotImplementedError: the backend can't run the case.
     """
     inputs = case.build(dtype, device, seed=seed, **sizes) if isinstance(case, Case) else case
-    tensors = {name: t.to(compute or dtype).requires_grad_() for name, t in inputs.tensors.items()}
+    tensors = {
+        name: t.detach().to(compute or dtype).requires_grad_(name not in inputs.fixed)
+        for name, t in inputs.tensors.items()
+    }
+    leaves = {name: t for name, t in tensors.items() if t.requires_grad}
     g = generator(seed + 2)
     # By name for the block, so that key maps are made by the backend's kernels too.
     with use_backend(backend or backend_name.name()):
-        out, lse = inputs.call(tensors, backend=backend)
-        upstream = [torch.randn(t.shape, generator=g).to(device, dtype).to(t.dtype) for t in (out, lse)]
-        grads = torch.autograd.grad((out, lse), tuple(tensors.values()), upstream)
-    named = {f"d {name}": grad for name, grad in zip(tensors, grads, strict=True)}
-    return Result({"out": out.detach(), "lse": lse.detach(), **named})
+        out, lse = inputs.call(tensors, backend=backend) if attend is None else attend(tensors)
+        outputs = (out, lse) if inputs.lse_gradient else (out,)
+        upstream = [torch.randn(t.shape, generator=g).to(device, dtype).to(t.dtype) for t in outputs]
+        grads = _gradients(outputs, leaves, upstream, inputs.may_be_unused)
+    return Result({"out": out.detach(), "lse": lse.detach()} | {f"d {name}": grad for name, grad in grads.items()})
+
+
+def _gradients(
+    outputs: tuple[Tensor, ...], leaves: dict[str, Tensor], upstream: list[Tensor], may_be_unused: bool
+) -> dict[str, Tensor]:
+    if may_be_unused:
+        used = [(t, g) for t, g in zip(outputs, upstream, strict=True) if t.requires_grad]
+        outputs, upstream = tuple(t for t, _ in used), [g for _, g in used]
+    if not leaves or not outputs:
+        return {name: torch.zeros_like(t) for name, t in leaves.items()}
+    grads = torch.autograd.grad(outputs, tuple(leaves.values()), upstream, allow_unused=may_be_unused)
+    return {
+        name: torch.zeros_like(t) if grad is None else grad
+        for (name, t), grad in zip(leaves.items(), grads, strict=True)
+    }
 
 
 def oracle(case: Case | Inputs, dtype: torch.dtype, **options: Any) -> Result:
@@ -84,7 +107,7 @@ def eager(case: Case | Inputs, dtype: torch.dtype, **options: Any) -> list[Resul
         inputs = case.build(dtype, options.get("device", "cpu"), seed=seed, **sizes)
     assert isinstance(inputs, Inputs)
     results = [run(inputs, dtype, "reference", **options)]
-    if not isinstance(case, Case) or case.fusion in (None, "released") or dtype == torch.float64:
+    if not inputs.normed or dtype == torch.float64:
         return results
     for order in head_orders(inputs.tensors["key"].shape[-1]):
         tensors = {name: reordered(name, t, order.to(t.device)) for name, t in inputs.tensors.items()}
@@ -292,6 +315,22 @@ def _with_kernel_error(
         tensors[name] = wide * (1 + size * torch.randn(wide.shape, generator=g, dtype=wide.dtype))
     found = run(dataclasses.replace(inputs, tensors=tensors), dtype, "reference", compute=torch.float64, seed=seed)
     return Result({name: exact.tensors[name] if name in errors else t for name, t in found.tensors.items()})
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """`torch.empty` gives NaN, so that whatever a kernel does not write shows."""
+    empty = torch.empty
+
+    def poisoned(*arguments: Any, **named: Any) -> Tensor:
+        made = empty(*arguments, **named)
+        return made.fill_(math.nan) if made.is_floating_point() else made.fill_(2**30)
+
+    torch.empty = poisoned
+    try:
+        yield
+    finally:
+        torch.empty = empty
 
 
 def check(case: Case | Inputs, dtype: torch.dtype, backend: str, **options: Any) -> list[Comparison]:
