@@ -19,7 +19,7 @@ M = mk.ModularMask
 
 
 def segments_and_chunks(ids: list[Any], bounds: list[int]) -> tuple[list[int], list[int], list[int]]:
-    """Segment, chunk and position of each token (spec, section 1); ids: (modality, role, item, chunk id)."""
+    """Segment, chunk and position of each token (spec: "Tokens"); ids: (modality, role, item, chunk id)."""
     segment, chunk, position = ([-1] * len(ids) for _ in range(3))
     runs = itertools.count()
     for begin, end in itertools.pairwise(bounds):
@@ -37,7 +37,7 @@ def segments_and_chunks(ids: list[Any], bounds: list[int]) -> tuple[list[int], l
 
 
 def sees(rule: int, i: dict[str, int], j: dict[str, int], mask: M) -> bool:
-    """Whether i sees j, word by word (spec, section 3)."""
+    """Whether i sees j, word by word (spec: "Modular mask")."""
     if i["sequence"] != j["sequence"] or i["modality"] < 0 or j["modality"] < 0:
         return False
     distance = i["position"] - j["position"]

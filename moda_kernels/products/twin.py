@@ -106,7 +106,7 @@ def _cut(grouping: Grouping) -> _Pieces:
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 where any tensor is float64, else float32 (spec: arithmetic)."""
+    """float64 where any tensor is float64, else float32 (spec: "Arithmetic")."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 

@@ -140,7 +140,7 @@ class ModaAttention(torch.autograd.Function):
 
     Args of `apply`:
         query, key, value: ``[B, H, L, D]`` or packed ``[T, H, D]``, on a CUDA device.
-        matrix: ``[N, M, Hkv, D, D]`` or None: key maps to fold into the query (spec, section 8).
+        matrix: ``[N, M, Hkv, D, D]`` or None: key maps to fold into the query (spec: "Identities worth using").
         bias: ``[N or 1, Hq or 1, M, M]`` or None. base, decay: float32 ``[Hq]`` or None (pseudo scores, Eq. 9-10).
         weights: float32 ``[2, Hq]`` makes the attention split (Eq. 7-8); None: joint.
         attn_mask: bool or float, broadcasts to ``[B, Hq, Lq, Lk]``; no gradient. Or None.

@@ -117,7 +117,7 @@ def _log_mean_decay_slope(x):
 
 @triton.jit
 def log_pseudo_mass(base, decay, b_count):
-    """log P = base + log Σ_{j<c} e^{-decay·j}; c < 0 stands for infinity, c = 0 gives -inf (spec, section 4)."""
+    """log P = base + log Σ_{j<c} e^{-decay·j}; c < 0: infinity, c = 0 gives -inf (spec: "Pseudo-attention")."""
     b_c = tl.maximum(b_count, 1).to(tl.float32)
     finite = tl.log(b_c) + _log_mean_decay(decay * b_c) - _log_mean_decay(decay)
     endless = -_log_mean_decay(decay) - tl.log(decay)

@@ -1,0 +1,76 @@
+"""The pages of docs/ keep their word: their Python runs, pictures are what it draws, links lead somewhere."""
+
+import contextlib
+import importlib.util
+import io
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import moda_kernels as mk
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+
+if not DOCS.exists():
+    pytest.skip("the tests stand alone, without the source tree", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def drawing() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_pictures", DOCS / "pictures.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_examples_run_and_pictures_are_theirs(drawing: ModuleType) -> None:
+    text = drawing.PAGE.read_text(encoding="utf-8")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        made = drawing.pictures(text)
+    assert re.findall(r"^```text\n(.*?)^```$", text, re.MULTILINE | re.DOTALL) == [printed.getvalue()]
+    assert made.keys() == {path.stem for path in drawing.PICTURES.iterdir()}
+    for name, svg in made.items():
+        assert (drawing.PICTURES / f"{name}.svg").read_text(encoding="utf-8") == svg, "run docs/pictures.py"
+        assert f"](pictures/{name}.svg)" in text
+    headings = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    assert len(headings) == len(made)
+
+
+def test_a_picture(drawing: ModuleType) -> None:
+    layout = mk.segment_modalities(torch.tensor([[0, 1]]))
+    svg = drawing.draw(mk.ModularMask.causal(2), layout)
+    cells = dict(re.findall(r'fill="(#\w+)" d="([^"]+)"', svg))
+    at = drawing.STRIP + 1 + drawing.GAP
+    wide = f"h{drawing.CELL - 1}v{drawing.CELL - 1}"
+    assert [f"M{at + drawing.CELL} {at}{wide}" in cells[drawing.NOTHING]] == [True]
+    assert cells[drawing.KEYS[0]].count(wide) == 2 and cells[drawing.KEYS[1]].count(wide) == 1
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
+def test_names_and_links(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert not {name for name in re.findall(r"\bmk\.(\w+)", text) if not hasattr(mk, name)}
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        if not target.startswith("https://"):
+            assert (page.parent / target).exists(), target
+
+
+def test_what_the_code_cites_of_the_specification_is_there() -> None:
+    text = (DOCS / "spec.md").read_text(encoding="utf-8")
+    known = {
+        title.lower()
+        for title in re.findall(r"^## (.+)$|\*\*([^*]+?)\.?\*\*", text, re.MULTILINE)
+        for title in title
+        if title
+    }
+    cited = set()
+    for path in [*(ROOT / "moda_kernels").rglob("*.py"), *(ROOT / "csrc").iterdir()]:
+        cited |= set(re.findall(r"\(spec: \\?\"([^\"\\]+)", path.read_text(encoding="utf-8")))
+    assert len(cited) > 5
+    assert {name.lower() for name in cited} <= known
