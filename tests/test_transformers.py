@@ -233,7 +233,8 @@ def test_each_call_is_a_full_pass_over_its_keys(
         window = more.get("sliding_window")
         rules = module.moda_settings.mask.rules
         full = mk.moda_attention(
-            query, key, value, layout=layout, mask=mk.ModularMask(rules, window), key_map=key_map, enable_gqa=True,
+            query, key, value, layout=layout, mask=mk.ModularMask(rules, window, "past" if window is None else "all"),
+            key_map=key_map, enable_gqa=True,
             pseudo=module.moda_settings.pseudo, scale=more["scaling"],
             query_start=min(state.length, key.shape[2]) - query.shape[2],
         )  # fmt: skip

@@ -136,7 +136,6 @@ def test_every_other_type_is_refused_by_name() -> None:
         ("gemma3_text", {"use_bidirectional_attention": True}, ["Gemma3", "bidirectional"]),
         ("llama", {"is_causal": False}, ["Llama", "bidirectional"]),
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, ["Gemma3", "attn_logit_softcapping"]),
-        ("gemma3", {"sliding_window": 3}, ["Gemma3", "window of 3", "256"]),
     ],
 )
 def test_refused(kind: str, changes: dict[str, Any], parts: list[str]) -> None:
@@ -212,9 +211,6 @@ def test_marks_that_do_not_fit(refused: Callable[..., None]) -> None:
     refused(lambda: model(**x), ValueError, ["token_type_ids", "image"])
     x["token_type_ids"] = torch.zeros(2, 3).long()
     refused(lambda: model(**x), ValueError, ["token_type_ids", "(2, 11)"])
-    long = torch.full((1, 9), vlm.IMAGE)
-    call = {"input_ids": long, "token_type_ids": torch.ones_like(long)}
-    not_known(lambda: model(**call), "token_type_ids", "9 tokens", "window of 6")
 
 
 # Attention that was taken away, and models without their aligners

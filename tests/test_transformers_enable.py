@@ -196,8 +196,22 @@ def test_windows_of_a_mask_and_of_a_layer() -> None:
     assert not torch.allclose(outs[4, "all"], outs[6, "all"]) and not torch.allclose(
         outs[9, "past"], outs[None, "past"]
     )
-    with pytest.raises(NotImplementedError, match="mask: a window of 9"):
-        enable(vlm.make("gemma3"), mask=mk.ModularMask(rules, 9, "all"))
+    last = logits(enable(vlm.make("gemma3"), mask=mk.ModularMask(rules, 9, "all")), x)
+    assert not torch.allclose(last, outs[None, "past"])  # in the full layer
+
+
+@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize("window", [2, 3, 6])
+def test_windows_that_cut_images(window: int, cache: bool) -> None:
+    """Gemma 3's sliding layers hide what lies so far back within an image, too."""
+    x = vlm.inputs("gemma3") | {"use_cache": cache}
+    model = vlm.make("gemma3")
+    for layer in model.get_decoder().layers:
+        if layer.self_attn.sliding_window is not None:
+            layer.self_attn.sliding_window = window
+    model.get_decoder().config.sliding_window = window
+    real, before = x["attention_mask"] > 0, logits(model, x)
+    torch.testing.assert_close(logits(enable(model), x)[real], before[real], rtol=0, atol=1e-5)
 
 
 def test_images_see_themselves_whole_in_gemma3_only() -> None:

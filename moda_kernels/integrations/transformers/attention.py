@@ -19,7 +19,6 @@ from moda_kernels.alignment.released import ReleasedAligner
 from moda_kernels.attention import moda_attention
 from moda_kernels.integrations.transformers import cache as caches
 from moda_kernels.integrations.transformers import ids as modalities
-from moda_kernels.integrations.transformers.covered import window_of
 from moda_kernels.runtime import checks
 from moda_kernels.tokens.layout import ModalityLayout
 from moda_kernels.tokens.mask import ModularMask
@@ -124,7 +123,7 @@ def attention(
     mask = settings.mask if tokens.marks else settings.unmarked
     if sliding_window is not None:
         own = mask.window is not None and mask.window <= sliding_window
-        mask = mask if own else ModularMask(mask.rules, sliding_window)
+        mask = mask if own else ModularMask(mask.rules, sliding_window, "all")
     where: dict[str, Any] = {"layout": tokens.layout}
     if tokens.state is not None:
         where = {"state": tokens.state[module.layer_idx]}  # type: ignore[index]
@@ -227,7 +226,7 @@ def before_text_model(
     ids = _without_padding(told.ids, arguments.get("attention_mask"), past)
     items, marks = told.items, _found.get()[1]
     if marks is not None and items is None:
-        items = modalities.marked(marks, ids, past, window_of(module.config))
+        items = modalities.marked(marks, ids, past)
     if state is not None:
         state.append(ids, item_ids=items)
         tokens = Tokens(None, state, marks is not None)

@@ -88,20 +88,6 @@ def refuse_unknown(base: Any, text: Any) -> None:
         raise NotImplementedError(f"enable: {name} is configured to be bidirectional, not causal; {_INSTEAD}")
     if getattr(config, "attn_logit_softcapping", None) is not None:
         raise NotImplementedError(f"enable: {name} caps its scores (attn_logit_softcapping), which MODA doesn't do")
-    image = getattr(around[-1].config, "mm_tokens_per_image", 0) if around else 0
-    if around and around[-1].config.model_type == "gemma3" and image > window_of(config):
-        raise NotImplementedError(
-            f"enable: {type(around[-1]).__name__} with a sliding window of {config.sliding_window} and images of "
-            f"{image} tokens: the window cuts images, which no rule says yet; make sliding_window at least {image}"
-        )
-
-
-def window_of(config: Any) -> float:
-    """The shortest sliding window of a decoder's layers."""
-    kinds = getattr(config, "layer_types", None)
-    sliding = kinds is None or "sliding_attention" in kinds
-    window = getattr(config, "sliding_window", None)
-    return window if sliding and window is not None else float("inf")
 
 
 def _holds(part: nn.Module, text: nn.Module) -> bool:

@@ -69,30 +69,22 @@ class Told(NamedTuple):
     rest: int | None = None
 
 
-def marked(marks: Tensor, ids: Tensor, past: int, window: float) -> Tensor:
+def marked(marks: Tensor, ids: Tensor, past: int) -> Tensor:
     """Item ids ``[B, n]`` with which a segment is what a model that marks images lets see itself whole: a run of marks.
 
     Args:
         marks: ``[B, past + n]``, 1 where an image is, from the first token on. ids: ``[B, n]``, of the new tokens.
-        window: of sliding layers; a longer run is refused.
 
     Raises:
-        ValueError: another shape, marks where no image is. NotImplementedError: a run longer than the window.
+        ValueError: another shape, marks where no image is.
     """
     total = past + ids.shape[1]
     if marks.shape != (ids.shape[0], total):
         raise checks.wrong_value("token_type_ids", f"shape {(ids.shape[0], total)}, from the first token on", marks)
     here, column = marks.to(ids.device) == 1, torch.arange(total, device=ids.device)
-    run = column - torch.where(here, -1, column).cummax(-1).values
     new = here[:, past:]
-    wrong, longest = torch.stack(((new & (ids != 1) & (ids >= 0)).any().long(), (run * here).amax())).tolist()
-    if wrong:
+    if bool((new & (ids != 1) & (ids >= 0)).any()):
         raise checks.wrong_value("token_type_ids", "1 only where the token is an image's", marks)
-    if longest > window:
-        raise NotImplementedError(
-            f"token_type_ids: {longest} tokens that see themselves whole, in layers with a sliding window of {window}; "
-            "give images that stand side by side a text token between them, or the model a longer window"
-        )
     return torch.where(new | (ids != 1), 0, column[past:] + 1)
 
 

@@ -14,7 +14,7 @@ from moda_kernels.alignment.maps import FUSIONS
 from moda_kernels.alignment.released import ReleasedAligner
 from moda_kernels.integrations.transformers import attention as layers_
 from moda_kernels.integrations.transformers.attention import ALIGNER, MODEL, NAME, SETTINGS
-from moda_kernels.integrations.transformers.covered import refuse_unknown, window_of
+from moda_kernels.integrations.transformers.covered import refuse_unknown
 from moda_kernels.integrations.transformers.ids import FAMILIES, UNKNOWN
 from moda_kernels.runtime import checks
 from moda_kernels.tokens.mask import ModularMask
@@ -60,7 +60,8 @@ def enable(
         fusion, scope, renorm: as in :class:`moda_kernels.DuplexAligner`; "released" with ``scope="sequence"`` is the
             authors' variant (see :func:`load_released`).
         mask: who sees whom. Default: what the model itself uses: causal; in Gemma 3, images that ``token_type_ids``
-            mark see themselves whole. A layer's sliding window is added to it.
+            mark see themselves whole. A layer's sliding window, where it is shorter than the mask's, takes its
+            place and hides everything so far back.
         pseudo: pseudo-attention for the layers with aligners. Its tensors are not saved with the model.
         layers: indices of the text layers that get aligners (and ``pseudo``, ``mask``). Default: all. The others attend
             as before.
@@ -74,8 +75,7 @@ def enable(
     Raises:
         ImportError: no transformers, or one older than 5.0.
         NotImplementedError: a model whose own masks aren't known to be causal or sliding (Gemma 3's images aside), by
-            name: PaliGemma, Llama 4, Gemma 3n, Gemma 4, Kosmos-2 and whatever `covered.py` doesn't list; capped scores;
-            Gemma 3 with a window shorter than an image.
+            name: PaliGemma, Llama 4, Gemma 3n, Gemma 4, Kosmos-2 and whatever `covered.py` doesn't list; capped scores.
         TypeError, ValueError: not such a model, enabled already, unknown layers, a mask for another M, options other
             than those that its aligners were saved with, or no saved parameters found.
     """
@@ -99,11 +99,6 @@ def enable(
         raise checks.wrong_type("mask", "a ModularMask", mask)
     if mask is not None and mask.num_roles != m:
         raise checks.wrong_value("mask", f"{m} x {m} rules", f"{mask.num_roles} x {mask.num_roles}")
-    if mask is not None and mask.window_on == "all" and (mask.window or 0) > window_of(text.config):
-        raise NotImplementedError(
-            f"mask: a window of {mask.window} on all rules beside layers whose sliding window is shorter "
-            f"({window_of(text.config)}); make the mask's as short"
-        )
     if pseudo is not None and not isinstance(pseudo, PseudoAttention):
         raise checks.wrong_type("pseudo", "a PseudoAttention", pseudo)
     chosen = _chosen(layers, attentions)
