@@ -1,4 +1,4 @@
-"""Segmentation and tile lists: the native extension against its PyTorch twins.
+"""Segmentation: the native extension against its PyTorch twins. (Tiles: `benchmarks.tiles`.)
 
     python -m benchmarks.segmentation [--device cuda] [--out FILE]
 
@@ -15,11 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moda_kernels import ModularMask, segment_modalities
 from moda_kernels.commands.bench import results
 from moda_kernels.runtime import native
 from moda_kernels.tokens.segments import segment_table_torch, segment_tokens_torch
-from moda_kernels.tokens.tiles import _capacities, tile_lists_torch
 
 Call = Callable[[], tuple[Tensor, ...]]
 MODALITIES = 3
@@ -46,17 +44,6 @@ def segmentation(bounds: Tensor, with_items: bool, device: str) -> tuple[Call, C
         lambda: call(native.segment_tokens, native.segment_table),
         lambda: call(segment_tokens_torch, segment_table_torch),
     )
-
-
-def lists(total: int, device: str) -> tuple[Call, Call]:
-    made = segment_modalities(token_runs(total)[None].to(device), num_modalities=MODALITIES)
-    queries, mask = made.queries(), ModularMask.bidirectional_within(MODALITIES, [1])
-    arguments = (
-        made.modality.flatten(), made.segment.flatten(), made.position.flatten(), made.cu_seqlens,
-        queries.cu_seqlens, queries.first_column, [int(rule) for row in mask.rules for rule in row], mask.window,
-        128, 64, _capacities(made, queries, 128, 64),
-    )  # fmt: skip
-    return lambda: native.tile_lists(*arguments), lambda: tile_lists_torch(*arguments)
 
 
 def replayed(call: Call) -> Call:
@@ -107,7 +94,6 @@ def main() -> None:
     cases = {
         f"segmentation, {named}, batch of 256": segmentation(torch.arange(257) * (total // 256), False, device),
         f"segmentation, {named}, 256 packed documents, items": segmentation(documents, True, device),
-        "tile lists 128 x 64, 2^15 tokens": lists(1 << 15, device),
     }
     environment = results.environment(device)
     shown = ("device", "threads", "torch", "load_average")

@@ -118,7 +118,7 @@ def test_shares_of_partial_tiles_are_those_of_the_mask_written_out(name: str) ->
         for q in range(a, b, TILE[0]):
             for k in range(a, b, TILE[1]):
                 tile = whole[q : min(q + TILE[0], b), k : min(k + TILE[1], b)]
-                complete = q + TILE[0] <= b and k + TILE[1] <= b  # a short tile is never full: it has rows to mask
+                complete = k + TILE[1] <= b  # a short tile of keys is never full: there are rows to mask
                 visited += bool(tile.any())
                 partial += bool(tile.any()) and not (bool(tile.all()) and complete)
     assert workload.tiles == {"size": list(TILE), "visited": visited, "partial_share": partial / visited}
@@ -516,16 +516,17 @@ def test_pieces_are_checked_and_timed(environment: dict[str, Any]) -> None:
 
 
 def test_a_wrong_piece_is_not_timed(monkeypatch: pytest.MonkeyPatch, environment: dict[str, Any]) -> None:
-    true_lists, true_align = pieces.tile_lists, pieces.align_keys
+    true_tiles, true_align = pieces.mask_tiles, pieces.align_keys
 
-    def lists(*arguments: Any) -> Any:
-        made = true_lists(*arguments)
-        return dataclasses.replace(made, key_counts=made.key_counts + 1)
+    def wrong_tiles(*arguments: Any) -> Any:
+        made = true_tiles(*arguments)
+        assert made.keys is not None
+        return made._replace(keys=made.keys._replace(runs=made.keys.runs + 1))
 
-    monkeypatch.setattr(pieces, "tile_lists", lists)
+    monkeypatch.setattr(pieces, "mask_tiles", wrong_tiles)
     monkeypatch.setattr(pieces, "align_keys", lambda *arguments: true_align(*arguments) * 1.01)
     found = {r["pass"]: r for r in pieces.run_case(CASE, OPTIONS, environment)}
-    assert found["tile lists"]["reason"] == "other key_counts than PyTorch's"
+    assert found["tile lists"]["reason"] == "other runs of keys than PyTorch's"
     for name in pieces.PIECES[1:]:
         assert found[name]["status"] == "wrong" and "ms" not in found[name]
     assert found["segmentation"]["status"] == "ok"

@@ -415,7 +415,7 @@ def test_walks_are_those_of_the_twins(implementation: Implementation) -> None:
     for seed in range(2 * implementation.examples):
         case = test_walks.random_case(seed)
         blocks = list(test_walks.BLOCKS[seed % 5])
-        capacities, lengths = walks._sizes(case.q_shape, case.k_shape, case.cu_q, *blocks)
+        capacities, lengths = walks.tile_sizes(case.q_shape, case.k_shape, case.cu_q, *blocks)
         if not all(capacities):
             continue  # the operators don't call them
         compared += 1

@@ -105,7 +105,7 @@ def query_walk(
     Raises:
         TypeError, ValueError: blocks that are no ints from 1 to 65,536.
     """
-    capacities, lengths = _sizes(q_shape, k_shape, cu_q, block_q, block_k)
+    capacities, lengths = tile_sizes(q_shape, k_shape, cu_q, block_q, block_k)
     return QueryWalk(
         *_op_query_walk(limits, positions, real, cu_q, cu_k, capacities, lengths, [block_q, block_k], affine)
     )
@@ -124,7 +124,7 @@ def key_walk(
 ) -> KeyWalk:
     """What key tiles walk; arguments and errors as `query_walk`."""
     checks.integer("chains", chains, 1, 8)
-    capacities, lengths = _sizes(q_shape, k_shape, cu_q, block_q, block_k)
+    capacities, lengths = tile_sizes(q_shape, k_shape, cu_q, block_q, block_k)
     return KeyWalk(*_op_key_walk(limits, positions, cu_q, cu_k, capacities, lengths, [block_q, block_k], chains))
 
 
@@ -135,7 +135,7 @@ def tile_capacity(shape: tuple[int, ...], sequences: int, block: int) -> int:
     return shape[0] // block + sequences
 
 
-def _sizes(
+def tile_sizes(
     q_shape: tuple[int, ...], k_shape: tuple[int, ...], cu_q: Tensor, block_q: int, block_k: int
 ) -> tuple[list[int], list[int]]:
     """Query and key tiles; rows and keys of a sequence, where all have the same (a batch), else -1."""

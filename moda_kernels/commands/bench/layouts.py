@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moda_kernels import ModalityLayout, ModularMask, segment_modalities
-from moda_kernels.tokens.tiles import MAX_TOKENS, tile_lists
+from moda_kernels.tokens.tiles import mask_tiles
 
 TEXT, IMAGE = 0, 1
 MODALITIES = 2
@@ -106,13 +106,12 @@ class Workload:
         return not self.packed and self.mask == ModularMask.full(MODALITIES)
 
     @functools.cached_property
-    def tiles(self) -> dict[str, Any] | None:
-        """Of tiles of :data:`TILE`: how many hold a visible pair, and which share of those is partial (needs mask
-        arithmetic). None beyond the length that tile lists take."""
-        if self.length > MAX_TOKENS:
-            return None
-        lists = tile_lists(self.layout, self.mask, *TILE)
-        full, visited = lists.key_counts.sum(0).tolist()
+    def tiles(self) -> dict[str, Any]:
+        """Of tiles of :data:`TILE`: how many the forward visits, and which share of those is partial (needs mask
+        arithmetic)."""
+        runs = mask_tiles(self.layout, self.mask, *TILE, of_keys=False).queries.runs.long()  # type: ignore[union-attr]
+        full, *partial = (runs[..., 1::2] - runs[..., ::2]).sum((0, 1)).tolist()
+        visited = full + sum(partial)
         return {"size": list(TILE), "visited": visited, "partial_share": (visited - full) / max(visited, 1)}
 
     def describe(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ On CUDA they are replayed from a captured graph, as in a captured training step:
 checked before it is timed: layouts and lists against the PyTorch twins on the CPU, aligned keys against float64.
 """
 
+import dataclasses
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,10 +21,12 @@ from moda_kernels.commands.bench.oracle import align
 from moda_kernels.commands.bench.peers.moda import concat_map
 from moda_kernels.commands.bench.results import Record
 from moda_kernels.testing import Comparison, Result, compare
+from moda_kernels.tokens.intervals import Intervals, mask_intervals
 from moda_kernels.tokens.segments import segment_table_torch, segment_tokens_torch
-from moda_kernels.tokens.tiles import MAX_TOKENS, _capacities, tile_lists, tile_lists_torch
+from moda_kernels.tokens.tiles import MaskTiles, mask_tiles
+from moda_kernels.tokens.walks import CHAINS, KeyWalk, QueryWalk, key_walk_torch, query_walk_torch, tile_sizes
 
-#: The alignment's pass is named by its scope.
+#: The alignment's pass is named by its scope. "Tile lists" is all of `MaskTiles`: so result files name it.
 PIECES = ("segmentation", "tile lists", "segmentation + tile lists", "alignment (sequence)", "alignment (causal)")
 
 
@@ -95,22 +98,22 @@ def run_case(
 
 
 def pieces(case: Case) -> dict[str, Piece]:
-    """Those of a case: no lists where its sequence is too long for them."""
+    """Those of a case."""
     workload, layout = case.workload, case.workload.layout
     made: dict[str, Piece] = {"segmentation": Piece(workload.segment, lambda found: _segments_fault(case, found))}
-    if case.length <= MAX_TOKENS:
-        queries = layout.queries()
-        made["tile lists"] = Piece(
-            lambda: tile_lists(layout, workload.mask, *TILE, queries), lambda found: _lists_fault(case, found)
-        )
+    queries = layout.queries()
+    made["tile lists"] = Piece(
+        lambda: mask_tiles(layout, workload.mask, *TILE, dataclasses.replace(queries)),  # which remember nothing
+        lambda found: _tiles_fault(case, found),
+    )
 
-        def both() -> tuple[Any, Any]:
-            fresh = workload.segment()
-            return fresh, tile_lists(fresh, workload.mask, *TILE)
+    def both() -> tuple[Any, Any]:
+        fresh = workload.segment()
+        return fresh, mask_tiles(fresh, workload.mask, *TILE)
 
-        made["segmentation + tile lists"] = Piece(
-            both, lambda found: _segments_fault(case, found[0]) or _lists_fault(case, found[1])
-        )
+    made["segmentation + tile lists"] = Piece(
+        both, lambda found: _segments_fault(case, found[0]) or _tiles_fault(case, found[1])
+    )
     tensors = case.tensors()
     key, weight = tensors["key"], tensors["weight"]
     own = key[0].transpose(0, 1).contiguous() if workload.packed else key
@@ -167,16 +170,23 @@ def _segments_fault(case: Case, found: Any) -> str | None:
     return f"other {', '.join(wrong)} than PyTorch's" if wrong else None
 
 
-def _lists_fault(case: Case, found: Any) -> str | None:
+def _tiles_fault(case: Case, found: MaskTiles) -> str | None:
     layout, mask = case.workload.layout.to("cpu"), case.workload.mask
-    queries = layout.queries()
-    right = tile_lists_torch(
-        layout.modality.flatten(), layout.segment.flatten(), layout.position.flatten(), layout.cu_seqlens,
-        queries.cu_seqlens, queries.first_column, [int(rule) for row in mask.rules for rule in row], mask.window,
-        *TILE, _capacities(layout, queries, *TILE),
-    )  # fmt: skip
-    fields = ("query_tiles", "key_tiles", "key_lists", "key_counts", "query_lists", "query_counts", "overflow")
-    wrong = [n for n, b in zip(fields, right, strict=True) if not torch.equal(getattr(found, n).cpu(), b)]
+    queries, shape = layout.queries(), tuple(layout.modality.shape)
+    intervals = mask_intervals(layout, queries, mask)
+    bounds = (queries.cu_seqlens, layout.cu_seqlens)
+    sizes = (*tile_sizes(queries.shape, shape, layout.cu_seqlens, *TILE), list(TILE))
+    real, affine = layout.modality.flatten() >= 0, len(intervals.positions) == 1
+    right = (
+        *intervals,
+        *query_walk_torch(*intervals, real, *bounds, *sizes, affine),
+        *key_walk_torch(*intervals, *bounds, *sizes, CHAINS),
+    )
+    assert found.queries is not None and found.keys is not None
+    names: tuple[str, ...] = Intervals._fields
+    names += tuple(f"{n} of queries" for n in QueryWalk._fields) + tuple(f"{n} of keys" for n in KeyWalk._fields)
+    made = (*found[:2], *found.queries, *found.keys)
+    wrong = [n for n, a, b in zip(names, made, right, strict=True) if not torch.equal(a.cpu(), b)]
     return f"other {', '.join(wrong)} than PyTorch's" if wrong else None
 
 
