@@ -430,6 +430,27 @@ def test_walks_are_those_of_the_twins(implementation: Implementation) -> None:
     assert compared > implementation.examples
 
 
+def test_walks_of_nonsense_stay_inside(implementation: Implementation) -> None:
+    """On CUDA nobody looks at values: whatever they are, what comes out indexes what is there."""
+    g = torch.Generator().manual_seed(0)
+    bounds, rows, blocks = torch.tensor([0, 0, 70, 71, 200], dtype=torch.int32), 200, [16, 8]
+    capacities = [rows // 16 + 4, rows // 8 + 4]
+    for most in (5, 300, 2**31 - 1):
+        limits = torch.randint(-most, most, (2, 2, 2, rows), generator=g).int()
+        positions = torch.randint(-most, most, (2, rows), generator=g).int()
+        common = (bounds, bounds, capacities, [-1, -1], blocks)
+        real = torch.rand(rows, generator=g) < 0.9
+        for affine in (False, True):
+            _, order, runs, lists = implementation("query_walk", limits, positions, real, *common, affine)
+            assert order.sort().values.tolist() == list(range(capacities[0]))
+            assert runs.min() >= 0 and runs.max() < lists.shape[1] and lists.min() >= 0 and lists.max() < rows
+            assert (runs[..., ::2] <= runs[..., 1::2]).all()
+        _, order, runs, lists = implementation("key_walk", limits, positions, *common, 3)
+        assert order.sort().values.tolist() == list(range(capacities[1]))
+        assert runs.min() >= 0 and runs.max() < lists.shape[1] and lists.min() >= 0 and lists.max() < rows
+        assert (runs[..., ::2] <= runs[..., 1::2]).all()
+
+
 def test_walks_of_many_tiles(implementation: Implementation) -> None:
     """More tiles than a block of the kernels has threads: scans and sorts go on from one stretch to the next."""
     if implementation.name == "torch":
@@ -536,7 +557,7 @@ def on_cuda() -> torch.device:
 
 
 def everything(ids: Tensor) -> list[Tensor]:
-    """A layout and its tile lists, without anything that waits for a device."""
+    """A layout, its tile lists and its walks, without anything that waits for a device."""
     made = segment_modalities(
         ids, num_modalities=3, max_segments=ids.numel(), roles=ids.clamp(min=0), num_roles=3,
         steps=torch.arange(ids.shape[1], device=ids.device).expand(ids.shape), chunks=ids,
@@ -545,7 +566,10 @@ def everything(ids: Tensor) -> list[Tensor]:
     sets = intervals.mask_intervals(made, made.queries(), mask)
     made = segment_modalities(ids, num_modalities=3, max_segments=ids.numel())
     lists = tiles.tile_lists(made, ModularMask.bidirectional_within(3, [1]), 128, 64)
+    walked = tiles.mask_tiles(made, ModularMask.bidirectional_within(3, [1]), 128, 64)
+    assert walked.queries is not None and walked.keys is not None
     fields = [made.segment, made.position, made.sequence, made.prefix, made.num_segments, made.table]
+    fields += [*walked[:2], *walked.queries, *walked.keys]
     return [*fields, *sets] + [getattr(lists, name) for name in tiles.TileLists.__dataclass_fields__]
 
 

@@ -343,6 +343,17 @@ def test_mask_tiles_are_remembered_and_made_as_asked() -> None:
     assert split.queries is not None and len(split.queries.runs) == 4
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_decode_tiles(seed: int) -> None:
+    g = generator(seed)
+    layout = random_layout(g)
+    queries = some_queries(layout, g)
+    made = tiles.decode_tiles(queries, 1 + seed % 9)
+    assert made.dtype == torch.int32
+    assert_cut(made, queries.cu_seqlens, 1 + seed % 9)
+    assert tiles.decode_tiles(queries, 1 + seed % 9) is made
+
+
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0), (0, 0)])
 def test_without_tokens(shape: tuple[int, int]) -> None:
     layout = mk.segment_modalities(torch.zeros(shape, dtype=torch.long))

@@ -18,7 +18,7 @@ from moda_kernels.runtime.operators import operator
 from moda_kernels.tokens.intervals import mask_intervals, passes_of
 from moda_kernels.tokens.layout import ModalityLayout, QueryRows
 from moda_kernels.tokens.mask import ModularMask, Visibility, visible_pair
-from moda_kernels.tokens.walks import KeyWalk, QueryWalk, key_walk, query_walk
+from moda_kernels.tokens.walks import KeyWalk, QueryWalk, cut_tiles, key_walk, query_walk, tile_capacity
 
 #: Sequences up to this length have exact lists; beyond it the lists' memory would outgrow the keys.
 MAX_TOKENS = 65536
@@ -85,6 +85,19 @@ def mask_tiles(
         rows.remember(("query walk", *of), of_rows) if of_queries else None,
         rows.remember(("key walk", *of), lambda: key_walk(limits, positions, *bounds)) if of_keys else None,
     )
+
+
+def decode_tiles(queries: QueryRows, rows: int) -> Tensor:
+    """Tiles of up to `rows` query rows of a sequence, int32 ``[tiles, 3]``: sequence, first row, rows (0: no tile). As
+    many as the shape can need, so that nothing waits; remembered on `queries`."""
+    checks.integer("rows", rows, 1)
+    length = queries.shape[1] if len(queries.shape) == 2 else -1
+    capacity = tile_capacity(queries.shape, queries.cu_seqlens.shape[0] - 1, rows)
+
+    def make() -> Tensor:
+        return cut_tiles(queries.cu_seqlens, length, rows, capacity)[2]
+
+    return queries.remember(("decode tiles of", rows), make)
 
 
 @dataclass(frozen=True, eq=False)
