@@ -259,6 +259,22 @@ def test_a_layer_computes_little_but_its_keys() -> None:
             assert forward.number <= 28 and backward.number <= 24, (fusion, forward.number, backward.number)
 
 
+@pytest.mark.parametrize("chunks", [False, True])
+def test_compiled_whole(chunks: bool) -> None:
+    """Also where pieces are first made within the compiled part."""
+    ids = torch.randint(2, (2, 16))
+    told = {"chunks": torch.tensor([[-1] * 4 + [0] * 6 + [1] * 6] * 2)} if chunks else {}
+    layout = mk.segment_modalities(ids, num_modalities=2, **told)
+    module = mk.DuplexAligner(D, 2, scope="causal", renorm=True)
+    torch.nn.init.normal_(module.ratio)
+    key = torch.randn(2, 2, 16, D)
+    torch._dynamo.reset()
+    fused = torch.compile(
+        lambda key: mk.align_keys(key, module(key, layout), layout), fullgraph=True, backend="aot_eager"
+    )(key)
+    torch.testing.assert_close(fused, mk.align_keys(key, module(key, layout), layout))
+
+
 def test_errors(refused) -> None:
     for roles, kind in ((3, TypeError), ((), ValueError), ((-1,), ValueError), (("a",), TypeError)):
         refused(lambda roles=roles: mk.DuplexAligner(D, M, source_roles=roles), kind, ["source_roles"])

@@ -24,7 +24,7 @@ from moda_kernels.alignment.maps import (
     token_major,
 )
 from moda_kernels.alignment.memory import DecodeState, LayerState, layer_of
-from moda_kernels.alignment.pieces import Pieces, counting_groups, pieces_of
+from moda_kernels.alignment.pieces import After, Pieces, counting_groups, mapped_modalities, pieces_of
 from moda_kernels.runtime import checks
 from moda_kernels.tokens.layout import ModalityLayout
 from moda_kernels.tokens.segments import as_layout
@@ -165,11 +165,11 @@ class DuplexAligner(nn.Module):
         if not causal:
             gram = memory.add_keys(new, begin, end, sources, causal)
             return self._sequence_map(gram, layout, memory.history.layout())
-        before, pieces = memory.before(), memory.pieces(part, begin, end, self.aligned, sources)
+        before, after = memory.before(), memory.after(part, begin, end, self.aligned, sources)
         if before is not None and not part.packed and end - begin == 1:
-            fused = self._align_one(new, pieces, before)
+            fused = self._align_one(new, part, before, after)
         else:
-            fused = self._causal_map(new, pieces, before).align(new, part)
+            fused = self._causal_map(new, pieces_of(part, self.aligned, sources, after), before).align(new, part)
         kept = memory.keep(fused, begin, key)
         memory.add_keys(new, begin, end, sources, causal)
         return KeptKeys(kept, layout)
@@ -179,34 +179,31 @@ class DuplexAligner(nn.Module):
             tokens, pieces.layout, pieces, self.ratio, self.weight, self.fusion, self.norm, self.renorm, before=before
         )
 
-    def _align_one(self, tokens: Tensor, pieces: Pieces, before: Tensor) -> Tensor:
+    def _align_one(self, tokens: Tensor, layout: ModalityLayout, before: Tensor, after: After) -> Tensor:
         """The causal map of one new token per sequence ``[B, Hkv, D]``, applied: in few small operations, because they
         are done for every token and layer."""
 
         def facts() -> tuple[Tensor, Tensor]:
-            modality = pieces.layout.modality[:, 0].long().clamp(min=0)
+            modality = layout.modality[:, 0].long().clamp(min=0)
             return torch.arange(modality.numel(), device=modality.device), modality
 
-        rows, modality = pieces.layout.remember("one token", facts)
+        rows, modality = layout.remember("one token", facts)
         with torch.autocast(tokens.device.type, enabled=False):
-            rest = normed(rest_before(before, rows, modality, pieces.continues), self.norm)
+            rest = normed(rest_before(before, rows, modality, after.continues), self.norm)
             ratio, weight = (None if p is None else p.to(before.dtype)[modality] for p in (self.ratio, self.weight))
             matrix = fused_matrix(rest, ratio, weight, self.fusion)
             wide = tokens.to(before.dtype)
             fused = (wide[:, :, None] @ matrix)[:, :, 0]
             if self.renorm:
                 fused = renormed(fused, wide)
-        return torch.where(pieces.mapped[:, None, None], fused.to(tokens.dtype), tokens)
+        return torch.where(after.mapped[:, None, None], fused.to(tokens.dtype), tokens)
 
     def _sequence_map(self, gram: Tensor, layout: ModalityLayout, whole: ModalityLayout) -> ModalityMap:
         """The map from Gram sums ``[N, M, Hkv, D, D]`` over whole sequences, for keys of a layout."""
         with torch.autocast(gram.device.type, enabled=False):
             ratio, weight = (None if p is None else p.to(gram.dtype) for p in (self.ratio, self.weight))
             matrix = fused_matrix(normed(sum_of_others(gram), self.norm), ratio, weight, self.fusion)
-        counts = whole.counts
-        if self.source_roles is not None:
-            counts = counting_groups(whole, self.source_roles).groups[:, 1].view(counts.shape)
-        mapped = (counts.sum(1, keepdim=True) > counts) & layout.chosen(self.aligned)
+        mapped = mapped_modalities(whole, self.aligned, self.source_roles)
         identity = torch.eye(self.head_dim, dtype=gram.dtype, device=gram.device)
         matrix = torch.where(mapped[..., None, None, None], matrix, identity)
         return ModalityMap(matrix, mapped, None, layout, self.renorm)

@@ -30,7 +30,7 @@ class Normed(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         # The result does not depend on the size, so dividing by a constant first is exact and keeps squares in range.
-        peak = torch.linalg.vector_norm(x, float("inf"), axes, keepdim=True)
+        peak = x.abs().amax(axes, keepdim=True)
         peak = peak.masked_fill(peak == 0, float("inf"))
         scaled = x / peak
         length = torch.linalg.vector_norm(scaled, 2, axes, keepdim=True).clamp(min=0.5)  # at least 1, or that of zeros
@@ -57,13 +57,22 @@ class Normed(torch.autograd.Function):
 def normed(gram: Tensor, norm: str) -> Tensor:
     """Rows ("row") or whole matrices ("frobenius") divided by their L2 norm; zeros stay zero, with zero gradient. What
     is not finite gives NaN."""
-    out: Tensor = Normed.apply(gram, (-1,) if norm == "row" else (-2, -1))[0]
+    return _unit_and_length(gram, (-1,) if norm == "row" else (-2, -1))[0]
+
+
+def _unit_and_length(x: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """`Normed`, as a function only where there is a gradient: that costs more than what it does to one token."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return Normed.forward(x, axes)
+    out: tuple[Tensor, Tensor] = Normed.apply(x, axes)
     return out
 
 
 def sum_of_others(gram: Tensor) -> Tensor:
     """R ``[N, M, …]`` from G ``[N, M, …]``: for each modality the sum over the others. (Total minus own would lose
     digits, which the norm then amplifies.)"""
+    if gram.shape[1] == 2:
+        return gram.flip(1)
     parts = gram.unbind(1)
     before, after = [torch.zeros_like(parts[0])], [torch.zeros_like(parts[0])]
     for part, other in zip(parts[:-1], parts[:0:-1], strict=True):
@@ -93,16 +102,16 @@ def fused_matrix(rest: Tensor, ratio: Tensor | None, weight: Tensor | None, fusi
 
 
 def projected(
-    key: Tensor, matrix: Tensor, grouping: products.Grouping, mapped: Tensor, *, renorm: bool, keep: bool = True
+    key: Tensor, matrix: Tensor, grouping: products.Grouping, mapped: Tensor | None, *, renorm: bool, keep: bool = True
 ) -> Tensor:
     """k' of `key` ``[…, Hkv, D]``: k A of its group's matrix ``[G, Hkv, D, D]``, for the tokens that have a group;
     others stay as they are (keep) or give 0.
 
     Args:
-        mapped: bool ``[tokens]``, which tokens have a group.
+        mapped: bool ``[tokens]``, which tokens have a group; only with `renorm`.
         renorm: multiply by ‖k‖ / ‖k'‖.
     """
-    if not renorm:
+    if not renorm or mapped is None:
         return products.segment_project(key, matrix, grouping, keep=keep)
     dtype = compute_dtype(key, matrix)
     fused = products.segment_project(key, matrix, grouping, out_dtype=dtype)
@@ -114,9 +123,8 @@ def projected(
 
 def renormed(fused: Tensor, key: Tensor) -> Tensor:
     """The fused keys with the lengths of the keys; 0 stays 0."""
-    unit, length = Normed.apply(fused, (-1,))[0], Normed.apply(key, (-1,))[1]
-    out: Tensor = unit * length.masked_fill(length.isinf(), 0)
-    return out
+    unit, length = _unit_and_length(fused, (-1,))[0], _unit_and_length(key, (-1,))[1]
+    return unit * length.masked_fill(length.isinf(), 0)
 
 
 class KeyMap(abc.ABC):
@@ -203,7 +211,8 @@ class ModalityMap(KeyMap):
             return products.segment_project(
                 key, matrix, grouping, unit_matrix=self.unit_matrix.flatten(0, 1), keep=True
             )
-        return projected(key, matrix, grouping, self._mapped_tokens(layout), renorm=self.renorm)
+        mapped = self._mapped_tokens(layout) if self.renorm else None
+        return projected(key, matrix, grouping, mapped, renorm=self.renorm)
 
     def _mapped_tokens(self, layout: ModalityLayout) -> Tensor:
         """bool ``[tokens]``."""

@@ -147,7 +147,19 @@ class Pieces:
         return self.layout.remember(("grouping", "piece"), lambda: products.group_tokens(self.group, self.number))
 
 
-def pieces_of(layout: ModalityLayout, aligned: tuple[int, ...], sources: tuple[int, ...] | None = None) -> Pieces:
+class After(NamedTuple):
+    """What the tokens of a part of a longer history know of those before it: `Pieces.mapped` and `Pieces.continues`."""
+
+    mapped: Tensor
+    continues: Tensor | None
+
+
+def pieces_of(
+    layout: ModalityLayout,
+    aligned: tuple[int, ...],
+    sources: tuple[int, ...] | None = None,
+    after: After | None = None,
+) -> Pieces:
     """The pieces of a layout, for an aligner of these modalities and sources."""
 
     def make() -> Pieces:
@@ -162,21 +174,21 @@ def pieces_of(layout: ModalityLayout, aligned: tuple[int, ...], sources: tuple[i
             first, exists = layout.table[:, 1].long(), layout.table[:, 2] > 0
         facts = [fact.flatten()[first].long() for fact in (layout.sequence, layout.modality, layout.chunk)]
         table = torch.stack((torch.where(exists, facts[0], -1), first, facts[1].clamp(min=0), facts[2]), 1)
-        mapped, there_are = mapped_tokens(layout, aligned, sources), Later(exists.sum())
-        return Pieces(layout, aligned, sources, group, number, table, mapped, there_are)
+        mapped, continues = After(mapped_tokens(layout, aligned, sources), None) if after is None else after
+        return Pieces(layout, aligned, sources, group, number, table, mapped, Later(exists.sum()), continues)
 
     return layout.remember(("pieces", aligned, sources), make)
 
 
 def _cut_by_chunks(layout: ModalityLayout) -> tuple[Tensor, int, Tensor, Tensor]:
-    """The piece of each token, a bound of their number (on the CPU it is their number), their first tokens, and which
-    there are."""
+    """The piece of each token, a bound of their number (exact where it can be read), first tokens, which exist."""
     segment, chunk = layout.segment.flatten(), layout.chunk.flatten()
     real, tokens = segment >= 0, segment.numel()
     begins = real.clone()
     begins[1:] &= (segment[1:] != segment[:-1]) | (chunk[1:] != chunk[:-1])
     group = torch.where(real, begins.cumsum(0) - 1, -1)
-    number = int(begins.sum()) if segment.device.type == "cpu" else tokens
+    countable = segment.device.type == "cpu" and not torch.compiler.is_compiling()
+    number = int(begins.sum()) if countable else tokens
     # One row more takes what begins no piece.
     first = torch.full((number + 1,), tokens, device=segment.device)
     first.scatter_(0, torch.where(begins, group, number), torch.arange(tokens, device=segment.device))
@@ -211,26 +223,45 @@ def counting_groups(layout: ModalityLayout, sources: tuple[int, ...] | None) -> 
     return layout.remember(("grouping", "modality", sources), make)
 
 
-def mapped_tokens(layout: ModalityLayout, aligned: tuple[int, ...], sources: tuple[int, ...] | None = None) -> Tensor:
-    """`Pieces.mapped`, in time linear in tokens."""
-    modality, sequence = layout.modality.flatten().long(), layout.sequence.flatten().long()
+def mapped_modalities(layout: ModalityLayout, aligned: tuple[int, ...], sources: tuple[int, ...] | None) -> Tensor:
+    """bool ``[N, M]``: whose keys the sequence scope maps, those of an aligned modality beside tokens of others that
+    count."""
+
+    def make() -> Tensor:
+        counts = layout.counts
+        if sources is not None:
+            counts = counting_groups(layout, sources).groups[:, 1].view(counts.shape)
+        return (counts.sum(1, keepdim=True) > counts) & layout.chosen(aligned)
+
+    return layout.remember(("mapped modalities", aligned, sources), make)
+
+
+def mapped_tokens(
+    layout: ModalityLayout,
+    aligned: tuple[int, ...],
+    sources: tuple[int, ...] | None = None,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """`Pieces.mapped`, of all tokens or of some rows of the flattened ones (int64), in time linear in tokens."""
     if layout.num_tokens == 0 or layout.num_sequences == 0:
-        return torch.zeros_like(modality, dtype=torch.bool)
+        return torch.zeros(layout.num_tokens, dtype=torch.bool, device=layout.device)
+    rows = torch.arange(layout.num_tokens, device=layout.device) if rows is None else rows
+    modality, sequence, chunk = (
+        fact.flatten()[rows].long() for fact in (layout.modality, layout.sequence, layout.chunk)
+    )
     own, begin = modality.clamp(min=0), layout.cu_seqlens[:-1].long()[sequence]
     if sources is None and not layout.own_chunks:
-        seen = layout.prefix[:-1] - layout.prefix[begin]
+        seen = layout.prefix[rows] - layout.prefix[begin]
     else:
-        numbers = torch.arange(layout.num_modalities, device=modality.device)
-        ones = (modality[:, None] == numbers) & counting(layout, sources)[:, None]
-        chunk = layout.chunk.flatten().long()
+        numbers = torch.arange(layout.num_modalities, device=layout.device)
+        ones = (layout.modality.flatten()[:, None] == numbers) & counting(layout, sources)[:, None]
 
         def since(which: Tensor, begin: Tensor) -> Tensor:
-            prefix = torch.nn.functional.pad((ones & which[:, None]).cumsum(0), (0, 0, 1, 0))
-            return prefix[:-1] - prefix[begin]
+            prefix = torch.nn.functional.pad((ones & which.flatten()[:, None]).cumsum(0), (0, 0, 1, 0))
+            return prefix[rows] - prefix[begin]
 
-        seen = since(chunk < 0, begin)
+        seen = since(layout.chunk < 0, begin)
         if layout.own_chunks:
-            in_chunk = chunk >= 0
-            seen = seen + torch.where(in_chunk[:, None], since(in_chunk, chunk.clamp(min=0)), 0)
+            seen = seen + torch.where(chunk[:, None] >= 0, since(layout.chunk >= 0, chunk.clamp(min=0)), 0)
     others = seen.sum(1) - seen.gather(1, own[:, None])[:, 0]
     return (modality >= 0) & (others > 0) & layout.chosen(aligned)[own]

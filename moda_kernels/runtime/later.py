@@ -18,8 +18,8 @@ class Later:
         self._host: Tensor | None = None
         self._event: Any = None
         if (
-            isinstance(number, FakeTensor)
-            or torch.compiler.is_compiling()
+            torch.compiler.is_compiling()
+            or isinstance(number, FakeTensor)
             or torch._C._functorch.is_functorch_wrapped_tensor(number)
         ):
             return

@@ -249,11 +249,14 @@ class History:
 
     def of_part(self, x: Tensor, begin: int, end: int) -> Tensor:
         """What stands for each token, ``[tokens]``, of the tokens of a part."""
-        if (begin, end) == (0, self.length):
-            return x
-        if self.bounds is not None and self.new_bounds is not None:
-            return x[merged(self.new_bounds, self.newest, self.bounds, 1)]
-        return x.view(-1, self.length)[:, begin:end].flatten()
+        return x if (begin, end) == (0, self.length) else x[self.rows_of(begin, end)]
+
+    def rows_of(self, begin: int, end: int) -> Tensor:
+        """Where the tokens of a part stand among all, int64."""
+        if self.bounds is not None and self.new_bounds is not None and (begin, end) != (0, self.length):
+            return merged(self.new_bounds, self.newest, self.bounds, 1)
+        rows = torch.arange(self._told()[IDS].numel(), device=self._told().device)
+        return rows if self.packed else rows.view(-1, self.length)[:, begin:end].flatten()
 
     def sums(self, begin: int, end: int, first: int, last: int, sources: tuple[int, ...] | None) -> "Sums":
         """Which sums the tokens first…last-1 of a part begin…end-1 belong to, for the causal scope between chunks

@@ -1,6 +1,5 @@
 """`LayerState`, what one attention layer remembers: Gram sums and, with the causal scope, aligned keys."""
 
-import dataclasses
 from collections import deque
 from collections.abc import Callable
 
@@ -10,7 +9,7 @@ from torch import Tensor
 from moda_kernels import products
 from moda_kernels.alignment.memory.documents import merged, scattered
 from moda_kernels.alignment.memory.history import History, Moved, Sums
-from moda_kernels.alignment.pieces import Pieces, counting, mapped_tokens, pieces_of
+from moda_kernels.alignment.pieces import After, counting, mapped_tokens
 from moda_kernels.runtime import checks
 from moda_kernels.tokens.layout import ModalityLayout
 
@@ -85,18 +84,17 @@ class LayerState:
             )
         return cached[:, :, begin - gone : end - gone].transpose(1, 2).flatten(0, 1), part
 
-    def pieces(
+    def after(
         self, part: ModalityLayout, begin: int, end: int, aligned: tuple[int, ...], sources: tuple[int, ...] | None
-    ) -> Pieces:
-        """The pieces of tokens begin…end-1, whose layout this is, after those that are summed already."""
+    ) -> After:
+        """What tokens begin…end-1, whose layout this is, know of those that are summed already."""
         history = self.history
 
-        def make() -> Pieces:
-            mapped = history.of_part(mapped_tokens(history.layout(), aligned, sources), begin, end)
-            continues = history.continues(begin, end)
-            return dataclasses.replace(pieces_of(part, aligned, sources), mapped=mapped, continues=continues)
+        def make() -> After:
+            mapped = mapped_tokens(history.layout(), aligned, sources, history.rows_of(begin, end))
+            return After(mapped, history.continues(begin, end))
 
-        return part.remember(("pieces after", aligned, sources), make)
+        return part.remember(("after", aligned, sources), make)
 
     def before(self) -> Tensor | None:
         """`gram` of the causal scope, with room for a chunk in progress where there are chunks."""

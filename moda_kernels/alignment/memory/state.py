@@ -59,6 +59,10 @@ class DecodeState:
         return self.history.num_modalities
 
     @property
+    def num_roles(self) -> int:
+        return self.history.num_roles
+
+    @property
     def undo(self) -> int:
         return self.history.undo
 

@@ -41,7 +41,8 @@ class _Remembers:
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
-        self.moda_state = DecodeState(self.moda_state.num_modalities, undo=self.moda_state.undo)
+        old = self.moda_state
+        self.moda_state = DecodeState(old.num_modalities, num_roles=old.num_roles, undo=old.undo)
 
 
 @functools.cache
