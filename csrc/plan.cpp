@@ -248,7 +248,8 @@ class Sequence {
   // first one of those along the diagonal.
   int64_t cost_apart(int64_t rows, int64_t full, int64_t some, Kind kind) const {
     const PlanCosts& c = a_.costs;
-    const int64_t diagonal = c.call + (c.row + c.key) * rows + rows * (rows + c.causal_block) / 2;
+    const int64_t scores = std::min(rows * rows, rows * (rows + c.causal_block) / 2);
+    const int64_t diagonal = c.call + (c.row + c.key) * rows + scores;
     full -= kind == Kind::kRising;
     return (full > 0 ? call_cost(rows, full, false) : 0) +
            (kind == Kind::kRising ? diagonal : call_cost(rows, some, true));

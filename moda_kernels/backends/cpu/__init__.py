@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moda_kernels.alignment.maps import align_keys
 from moda_kernels.backends.cpu.plan import COSTS, NARROW_COSTS, Job, make_jobs
-from moda_kernels.backends.cpu.rectangles import RectangleAttention, neighbours
+from moda_kernels.backends.cpu.rectangles import neighbours, rectangle_attention
 from moda_kernels.call import AttentionCall
 from moda_kernels.products.twin import compute_dtype
 from moda_kernels.tokens.intervals import mask_intervals, passes_of
@@ -48,6 +48,8 @@ class CpuBackend:
         return reasons
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        if not torch.is_autocast_enabled("cpu"):
+            return self._attend(call)
         with torch.autocast("cpu", enabled=False):
             return self._attend(call)
 
@@ -87,7 +89,7 @@ class CpuBackend:
         def part(jobs: list[Job], same: bool | None) -> tuple[Tensor, Tensor]:
             """One softmax over keys of the query's modality (`same`), of the others, or of all (None)."""
             extra = None if call.pseudo is None else _log_pseudo(call, same)
-            out, lse = RectangleAttention.apply(q, k, v, extra, attn_mask, jobs, scale)
+            out, lse = rectangle_attention(q, k, v, extra, attn_mask, jobs, scale)
             # A slice of everything would cost a copy in the backward.
             return out if value_dim == dim else out[..., :value_dim], lse
 

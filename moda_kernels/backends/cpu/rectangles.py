@@ -4,6 +4,7 @@ The gradient over a rectangle needs only the final output and lse of its rows (s
 backward is one ATen call per rectangle too, and nothing of size rows × keys is kept.
 """
 
+import inspect
 import math
 from typing import Any
 
@@ -55,7 +56,9 @@ class RectangleAttention(torch.autograd.Function):
         wide = compute_dtype(query)
         if extra is None and attn_mask is None and _is_one_call(jobs, query):
             (block,) = jobs[0].regions[0].blocks
-            k, v = (_take(_part(t, slice(None), jobs[0].keys), block.keys) for t in (key, value))
+            k, v = key, value
+            if not _takes_all_keys(jobs, key):
+                k, v = (_take(_part(t, slice(None), jobs[0].keys), block.keys) for t in (key, value))
             mask, _ = _additive(block, None, query.dtype)
             whole, sums = _forward(query, k, v, 0.0, block.causal, attn_mask=mask, scale=scale)
             return whole, sums.contiguous()
@@ -97,10 +100,26 @@ class RectangleAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         query, key, value, extra, attn_mask, out, lse = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout
-        *grads, dextra = _RectangleGradient.apply(
-            query, key, value, extra, attn_mask, out, lse, dout, dlse, ctx.jobs, ctx.scale
-        )
+        arguments = (query, key, value, extra, attn_mask, out, lse, dout, dlse, ctx.jobs, ctx.scale)
+        run = _RectangleGradient.apply if needs_graph(*arguments[:9]) else _RectangleGradient.forward
+        *grads, dextra = run(*arguments)
         return *grads, None if extra is None else dextra, None, None, None
+
+
+def rectangle_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """`RectangleAttention`, without what a graph costs where there will be none. Arguments as its forward's."""
+    tensors = arguments[:5]
+    if needs_graph(*tensors):
+        result: tuple[Tensor, Tensor] = RectangleAttention.apply(*arguments)
+        return result
+    return RectangleAttention.forward(*arguments)
+
+
+def needs_graph(*tensors: Tensor | None) -> bool:
+    """Whether autograd or a torch.func transform may ask for gradients of what is made from these."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 class _RectangleGradient(torch.autograd.Function):
@@ -134,14 +153,15 @@ class _RectangleGradient(torch.autograd.Function):
             query, key, value = (F.pad(t, (0, 1)) for t in (query, key, value))
             out = torch.cat((out, -dlse[..., None].to(out.dtype)), -1)
             dout = torch.cat((dout, torch.ones_like(dout[..., :1])), -1)
-        # exp(score - lse) is then 0 in rows that see nothing.
-        lse = torch.where(torch.isneginf(lse), math.inf, lse)
-
-        if attn_mask is None and _is_one_call(jobs, query) and _takes_all_keys(jobs, key):
+        if attn_mask is None and _is_one_call(jobs, query) and _takes_all_keys(jobs, key):  # all see something
             mask, _ = _additive(jobs[0].regions[0].blocks[0], None, query.dtype)
             causal = jobs[0].regions[0].blocks[0].causal
             grads = _backward(dout, query, key, value, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
-            return grads[0][..., :dim], grads[1][..., :dim], grads[2][..., :dim], dextra
+            if dlse is not None:
+                grads = grads[0][..., :dim], grads[1][..., :dim], grads[2][..., :dim]
+            return *grads, dextra
+        # exp(score - lse) is then 0 in rows that see nothing.
+        lse = torch.where(torch.isneginf(lse), math.inf, lse)
         dquery = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
         dkey, dvalue = (torch.zeros(t.shape, dtype=wide, device=t.device) for t in (key, value))
         for job in jobs:
@@ -182,6 +202,11 @@ class _RectangleGradient(torch.autograd.Function):
         raise NotImplementedError(
             "double backward through moda_attention on the cpu backend: use backend='reference' for second derivatives"
         )
+
+
+# Else found out anew at each `apply`, in more time than a small call takes.
+for _forward_of in (RectangleAttention.forward, _RectangleGradient.forward):
+    vars(_forward_of)["__signature__"] = inspect.signature(_forward_of)
 
 
 def _is_one_call(jobs: list[Job], query: Tensor) -> bool:

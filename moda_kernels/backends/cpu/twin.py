@@ -283,7 +283,7 @@ class _Planner:
         """One call for the keys that all rows see and one for the others. Of rising rows the last key that all see is
         the first one of those along the diagonal."""
         c = self.costs
-        diagonal = c.call + (c.row + c.key) * rows + rows * (rows + c.causal_block) // 2
+        diagonal = c.call + (c.row + c.key) * rows + min(rows * rows, rows * (rows + c.causal_block) // 2)
         full -= kind == _RISING
         return (self._call_cost(rows, full, False) if full > 0 else 0) + (
             diagonal if kind == _RISING else self._call_cost(rows, some, True)
