@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import moda_kernels as mk
-from moda_kernels.tokens.pseudo import log_geometric_sum
+from moda_kernels.testing import generator, random_layout, random_mask
+from moda_kernels.tokens.pseudo import log_geometric_sum, pseudo_counts
 
 DTYPES = (torch.float64, torch.float32)
 DECAYS = (0.0, 1e-12, 1e-6, 1e-3, 0.04, 0.3, 1.0, 7.0, 80.0)
@@ -209,3 +210,23 @@ def test_padding_and_other_documents_do_not_count() -> None:
     _, lse = mk.moda_attention(q, q, q, pseudo=mk.PseudoAttention(0.0, 0.0), **options)
     torch.testing.assert_close(lse[0, [0, 1, 3, 4]].exp(), torch.full((4,), 2.0).double())
     assert lse[0, 2] == -math.inf
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_counts_of_a_mask(seed: int) -> None:
+    """N and |V| of both kinds of attention, against the mask written out."""
+    g = generator(seed)
+    layout = random_layout(g, most=24)
+    mask = random_mask(g, layout.num_roles)
+    queries = layout.queries()
+    modality = layout.modality
+    real = modality >= 0
+    same = modality[..., :, None] == modality[..., None, :]
+    together = real[..., :, None] & real[..., None, :]
+    if layout.packed:
+        together = together & (layout.sequence[:, None] == layout.sequence)
+    for split, parts in ((False, [torch.ones_like(same)]), (True, [same, ~same])):
+        tokens, visible = pseudo_counts(layout, queries, mask, split)
+        assert tokens.dtype == visible.dtype == torch.int32
+        for got, seen in ((tokens, together), (visible, mask.visible(layout))):
+            assert got.tolist() == [(seen & part).sum(-1).tolist() for part in parts]

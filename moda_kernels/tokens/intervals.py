@@ -363,26 +363,39 @@ def visible_keys(layout: ModalityLayout, queries: QueryRows, mask: "ModularMask"
     return seen
 
 
+def count_by_pass(
+    layout: ModalityLayout, queries: QueryRows, mask: "ModularMask", split: bool = False, by_modality: bool = False
+) -> Tensor:
+    """How many keys of each pass every query sees: int32 ``[P, rows]``; linear in tokens."""
+    limits, positions = mask_intervals(layout, queries, mask, split, by_modality)
+    tokens, device, rows = layout.num_tokens, layout.device, queries.columns.numel()
+    if tokens == 0 or positions.shape[0] == 0:
+        return torch.zeros(positions.shape[0], rows, dtype=torch.int32, device=device)
+    position, sequence = layout.position.flatten(), queries.of(layout.sequence, 0).flatten().long()
+    first, length = layout.cu_seqlens[sequence], layout.cu_seqlens.diff()[sequence]
+    # Members are counted where each sequence's tokens have moved together (padding: behind all tokens).
+    place = torch.where(position >= 0, layout.cu_seqlens[layout.sequence.flatten().long()] + position, tokens).long()
+    counts = []
+    for of_pass, key in zip(limits, positions, strict=True):
+        member = torch.zeros(tokens + 1, dtype=torch.int32, device=device)
+        member = member.scatter(0, place, (key >= 0).int())
+        before = torch.nn.functional.pad(member[:tokens].cumsum(0, dtype=torch.int32), (1, 0))
+        count = torch.zeros(rows, dtype=torch.int32, device=device)
+        for low, high in of_pass:
+            ends = [torch.minimum(x.clamp(max=FAR - 1) + 1, length) for x in (low, high)]
+            begin, end = (before[(first + torch.where(low < high, x, 0)).long()] for x in ends)
+            count = count + (end - begin)
+        counts.append(count)
+    return torch.stack(counts)
+
+
 def count_keys(layout: ModalityLayout, queries: QueryRows, mask: "ModularMask") -> Tensor:
-    """How many keys of each modality every query sees: int32 ``[B, Lq, M]``, packed ``[Tq, M]``; linear in tokens."""
-    tokens, device = layout.num_tokens, layout.device
-    counts = [
-        torch.zeros(queries.columns.numel(), dtype=torch.int32, device=device) for _ in range(layout.num_modalities)
+    """How many keys of each modality every query sees: int32 ``[B, Lq, M]``, packed ``[Tq, M]``."""
+    counted = count_by_pass(layout, queries, mask, by_modality=True)
+    of_pass = [each.modality for each in passes_of(layout, mask, by_modality=True).passes]
+    nothing = counted.new_zeros(queries.columns.numel())
+    by_modality = [
+        sum((c for c, m in zip(counted, of_pass, strict=True) if m == modality), nothing)
+        for modality in range(layout.num_modalities)
     ]
-    if tokens:
-        made = passes_of(layout, mask, by_modality=True)
-        limits, positions = mask_intervals(layout, queries, mask, by_modality=True)
-        position, sequence = layout.position.flatten(), queries.of(layout.sequence, 0).flatten().long()
-        first, length = layout.cu_seqlens[sequence], layout.cu_seqlens.diff()[sequence]
-        # Members are counted where each sequence's tokens have moved together (padding: behind all tokens).
-        place = torch.where(position >= 0, layout.cu_seqlens[layout.sequence.flatten().long()] + position, tokens)
-        for each, of_pass, key in zip(made.passes, limits, positions, strict=True):
-            member = torch.zeros(tokens + 1, dtype=torch.int32, device=device)
-            member = member.scatter(0, place.long(), (key >= 0).int())
-            before = torch.nn.functional.pad(member[:tokens].cumsum(0, dtype=torch.int32), (1, 0))
-            for low, high in of_pass:
-                ends = [torch.minimum(x.clamp(max=FAR - 1) + 1, length) for x in (low, high)]
-                begin, end = (before[(first + torch.where(low < high, x, 0)).long()] for x in ends)
-                assert each.modality is not None
-                counts[each.modality] = counts[each.modality] + (end - begin)
-    return torch.stack(counts, -1).view(*queries.shape, layout.num_modalities)
+    return torch.stack(by_modality, -1).view(*queries.shape, layout.num_modalities)

@@ -6,12 +6,15 @@ Spec: "Pseudo-attention". They are one term P_i in a row's softmax sum, in close
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from moda_kernels.runtime import checks
+from moda_kernels.tokens.intervals import count_by_pass, passes_of
+from moda_kernels.tokens.layout import ModalityLayout, QueryRows
+from moda_kernels.tokens.mask import ModularMask
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +73,39 @@ class PseudoAttention:
         total = tokens if self.length is None else torch.full_like(visible, int(self.length))
         count = (total - visible).clamp(min=0)[:, None].to(dtype)
         return torch.where(count > 0, base + log_geometric_sum(decay, count.clamp(min=1)), -math.inf)
+
+
+class Counts(NamedTuple):
+    """What the number of pseudo scores is made from, int32 ``[branches, B, Lq]``, packed ``[branches, Tq]``: one branch
+    for joint attention, two for split: the query's own modality and the others.
+
+    Attributes:
+        tokens: N_i, the tokens of the sequence (and branch); 0 for padding.
+        visible: |V(i)|.
+    """
+
+    tokens: Tensor
+    visible: Tensor
+
+
+def pseudo_counts(layout: ModalityLayout, queries: QueryRows, mask: ModularMask, split: bool) -> Counts:
+    """N_i and |V(i)| of every query row, from intervals; remembered on `queries`."""
+
+    def make() -> Counts:
+        passes = passes_of(layout, mask, split)
+        seen = count_by_pass(layout, queries, mask, split)
+        branches = [seen[: passes.second], seen[passes.second :]] if split else [seen]
+        modality = queries.of(layout.modality)
+        total = own = torch.zeros_like(modality)
+        if layout.num_sequences:
+            of_sequence = layout.counts[queries.of(layout.sequence, 0).long()]
+            total = torch.where(modality >= 0, of_sequence.sum(-1, dtype=torch.int32), 0)
+            own = of_sequence.gather(-1, modality.clamp(min=0).long()[..., None])[..., 0]
+            own = torch.where(modality >= 0, own, 0)
+        visible = [branch.sum(0, dtype=torch.int32).view(queries.shape) for branch in branches]
+        return Counts(torch.stack([own, total - own] if split else [total]), torch.stack(visible))
+
+    return queries.remember(("pseudo counts", mask, split), make)
 
 
 def _check_pseudo_parameter(name: str, value: float | Tensor, holds: Callable[[Any], Any], expected: str) -> None:

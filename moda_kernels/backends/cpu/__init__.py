@@ -17,6 +17,7 @@ from moda_kernels.backends.cpu.rectangles import neighbours, rectangle_attention
 from moda_kernels.call import AttentionCall
 from moda_kernels.products.twin import compute_dtype
 from moda_kernels.tokens.intervals import mask_intervals, passes_of
+from moda_kernels.tokens.pseudo import pseudo_counts
 
 _OPERATORS = (
     "_scaled_dot_product_flash_attention_for_cpu",
@@ -108,21 +109,10 @@ class CpuBackend:
 def _log_pseudo(call: AttentionCall, same: bool | None) -> Tensor:
     """log P_i, ``[B, Hq, Lq]`` (packed: a batch of one), of one softmax; -inf for padding."""
     assert call.pseudo is not None
-    layout, queries = call.layout, call.queries
-    modality = queries.of(layout.modality)
-
-    def counted(counts: Tensor) -> Tensor:
-        """Of keys by modality ``[…, M]`` those of this softmax."""
-        if same is None:
-            return counts.sum(-1)
-        own = counts.gather(-1, modality.clamp(min=0).long()[..., None])[..., 0]
-        return own if same else counts.sum(-1) - own
-
-    seen = counted(call.mask.count_visible(layout, queries))
-    tokens = torch.zeros_like(seen)
-    if layout.num_sequences:
-        tokens = counted(layout.counts[queries.of(layout.sequence, 0).long()])
-    if layout.packed:
+    modality = call.queries.of(call.layout.modality)
+    counts = pseudo_counts(call.layout, call.queries, call.mask, call.split)
+    tokens, seen = (of[1 if same is False else 0] for of in counts)
+    if call.layout.packed:
         tokens, seen, modality = tokens[None], seen[None], modality[None]
     extra = call.pseudo.log_mass(tokens, seen, compute_dtype(call.query))
     return torch.where(modality[:, None] >= 0, extra, -math.inf).expand(-1, call.query_heads, -1)
