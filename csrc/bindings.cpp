@@ -147,6 +147,12 @@ void mask_intervals(int device, Address stream, Address workspace, int tokens, i
   }
 }
 
+void token_facts(int tokens, int roles, Address modality, Address role, Address sequence, Address steps, Address chunks,
+                 Address step, Address chunk, Address falls) {
+  moda::cpu::token_facts({tokens, roles, at(modality), at(role), at(sequence), at<int64_t>(steps), at<int64_t>(chunks),
+                          at(step), at(chunk), at(falls)});
+}
+
 moda::Mask mask_of(const std::vector<int>& rules, int modalities, int window) {
   if (modalities < 1 || modalities > moda::kMaxModalities ||
       rules.size() != static_cast<size_t>(modalities) * modalities) {
@@ -263,7 +269,7 @@ PYBIND11_MODULE(MODA_MODULE, module) {
   using namespace pybind11::literals;
   using Unlocked = py::call_guard<py::gil_scoped_release>;
   module.doc() = "Segmentation, intervals, tiles and plans; use it through moda_kernels.runtime.native.";
-  module.attr("INTERFACE") = 3;  // as in native.py
+  module.attr("INTERFACE") = 4;  // as in native.py
   module.attr("WITH_CUDA") = kWithCuda;
   module.attr("CUDA_ARCHITECTURES") = MODA_CUDA_ARCHITECTURES;
   module.attr("CUDA_RUNTIME") = runtime_version();
@@ -277,6 +283,8 @@ PYBIND11_MODULE(MODA_MODULE, module) {
   module.def("segment_tokens", &segment_tokens, py::kw_only(), "device"_a, "stream"_a, "workspace"_a, "tokens"_a,
              "sequences"_a, "modalities"_a, "modality"_a, "items"_a, "cu_seqlens"_a, "segment"_a, "position"_a,
              "sequence"_a, "prefix"_a, "num_segments"_a, Unlocked());
+  module.def("token_facts", &token_facts, py::kw_only(), "tokens"_a, "roles"_a, "modality"_a, "role"_a, "sequence"_a,
+             "steps"_a, "chunks"_a, "step"_a, "chunk"_a, "falls"_a, Unlocked());
   module.def("segment_table", &segment_table, py::kw_only(), "device"_a, "stream"_a, "tokens"_a, "max_segments"_a,
              "modality"_a, "segment"_a, "sequence"_a, "table"_a, Unlocked());
   module.def("mask_intervals_workspace", &mask_intervals_workspace, "tokens"_a, "slots"_a);

@@ -41,6 +41,32 @@ void segment_table(const SegmentTable& a) {
   }
 }
 
+void token_facts(const TokenFacts& a) {
+  std::vector<int> last_sequence(a.roles, -1);
+  std::vector<int32_t> last_step(a.roles, 0);
+  int before = -1;  // the last token that is no padding
+  *a.falls = 0;
+  for (int t = 0; t < a.tokens; ++t) {
+    a.step[t] = 0;
+    a.chunk[t] = -1;
+    if (a.modality[t] < 0) continue;
+    const int role = a.role[t], sequence = a.sequence[t];
+    if (a.steps != nullptr && role >= 0 && role < a.roles) {
+      const int64_t step = std::clamp<int64_t>(a.steps[t], INT32_MIN, INT32_MAX);
+      a.step[t] = static_cast<int32_t>(step);
+      *a.falls += step != a.steps[t];
+      *a.falls += last_sequence[role] == sequence && a.step[t] < last_step[role];
+      last_sequence[role] = sequence;
+      last_step[role] = a.step[t];
+    }
+    if (a.chunks != nullptr) {
+      const bool goes_on = before >= 0 && a.sequence[before] == sequence && a.chunks[before] == a.chunks[t];
+      if (a.chunks[t] >= 0) a.chunk[t] = goes_on ? a.chunk[before] : t;
+      before = t;
+    }
+  }
+}
+
 namespace {
 
 void cut(const TileLists& a, const Side& side) {

@@ -32,6 +32,15 @@ struct SegmentTable {
   int32_t* table;                                // [max_segments, 4]: sequence, first token, length, modality
 };
 
+// What tokens may be given beside a modality. The CPU has this; elsewhere PyTorch does it (tokens/segments.py).
+struct TokenFacts {
+  int tokens, roles;
+  const int32_t *modality, *role, *sequence;  // [tokens]; role: 0...roles - 1, -1 for padding
+  const int64_t *steps, *chunks;              // [tokens], or null
+  int32_t *step, *chunk;                      // [tokens]: 0 and -1 for padding; chunk: the first token of the chunk
+  int32_t* falls;                             // [1]: steps that fall along a role of a sequence, or are no int32
+};
+
 // The running counts. Column kFirstModality + m counts the tokens of modality m.
 enum Column : int {
   kSegments = 0,   // tokens that begin a segment
@@ -97,6 +106,7 @@ MODA_HD int32_t* row_of(const SegmentTable& a, int t) {
 namespace cpu {
 void segment_tokens(const SegmentTokens&);
 void segment_table(const SegmentTable&);
+void token_facts(const TokenFacts&);
 }  // namespace cpu
 
 }  // namespace moda

@@ -32,6 +32,19 @@ def segment_tokens(
     prefix: int,
     num_segments: int,
 ) -> None: ...
+def token_facts(
+    *,
+    tokens: int,
+    roles: int,
+    modality: int,
+    role: int,
+    sequence: int,
+    steps: int,
+    chunks: int,
+    step: int,
+    chunk: int,
+    falls: int,
+) -> None: ...
 def segment_table(
     *,
     device: int,

@@ -187,6 +187,24 @@ def test_segments_as_defined(implementation: Implementation) -> None:
     check()
 
 
+def test_token_facts_as_the_twin_says(implementation: Implementation) -> None:
+    """The twin is tested against the definition in test_intervals.py."""
+    if implementation.name in ("emulated", "cuda"):
+        pytest.skip("the CPU alone has it; elsewhere it is PyTorch")
+    for seed in range(2 * implementation.examples):
+        g = generator(seed)
+        made = random_layout(g)
+        modality, role, sequence = (x.flatten() for x in (made.modality, made.role, made.sequence))
+        given = [torch.randint(low, 3, modality.shape, generator=g) for low in (-3, -1)]
+        given[0][torch.rand(modality.shape, generator=g) < 0.1] = 2**40  # no int32, and falls
+        given = [None if seed % 3 == i else x for i, x in enumerate(given)]
+        arguments = (modality, role, sequence, *given, made.num_roles)
+        for output, expected in zip(
+            implementation("token_facts", *arguments), segments.token_facts_torch(*arguments), strict=True
+        ):
+            assert output.dtype == expected.dtype and torch.equal(output, expected)
+
+
 # Intervals
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from moda_kernels.runtime import checks
 
 #: Changes with the extension's functions, as in `csrc/bindings.cpp`: an old build must not be taken for a new one.
-INTERFACE = 3
+INTERFACE = 4
 
 _extension: types.ModuleType | None = None
 _missing: str | None = None  # why there is no extension
@@ -107,6 +107,34 @@ def segment_tokens(
         num_segments=num_segments.data_ptr(),
     )
     return segment, position, sequence, prefix, num_segments
+
+
+def token_facts(
+    modality: Tensor, role: Tensor, sequence: Tensor, steps: Tensor | None, chunks: Tensor | None, num_roles: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `segments.token_facts_torch`, its twin; on the CPU only."""
+    tokens, device = modality.numel(), modality.device
+    named = (("modality", modality), ("role", role), ("sequence", sequence))
+    modality, role, sequence = (_checked(name, fact, device, (tokens,)) for name, fact in named)
+    given = [
+        None if fact is None else _checked(name, fact, device, (tokens,), torch.int64)
+        for name, fact in (("steps", steps), ("chunks", chunks))
+    ]
+    step, chunk = torch.empty_like(modality), torch.empty_like(modality)
+    falls = torch.empty(1, dtype=torch.int32)
+    _loaded().token_facts(
+        tokens=tokens,
+        roles=num_roles,
+        modality=modality.data_ptr(),
+        role=role.data_ptr(),
+        sequence=sequence.data_ptr(),
+        steps=0 if given[0] is None else given[0].data_ptr(),
+        chunks=0 if given[1] is None else given[1].data_ptr(),
+        step=step.data_ptr(),
+        chunk=chunk.data_ptr(),
+        falls=falls.data_ptr(),
+    )
+    return step, chunk, falls
 
 
 def segment_table(modality: Tensor, segment: Tensor, sequence: Tensor, max_segments: int) -> Tensor:

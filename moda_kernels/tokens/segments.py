@@ -1,5 +1,7 @@
 """Modality ids to segments: `segment_modalities`, which makes a layout, and its operators."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -106,17 +108,15 @@ def segment_modalities(
     # A token past the last document (possible on CUDA only) has become padding.
     modality = torch.where(segment >= 0, modality, -1) if faults is not None else modality
     role = modality if roles is None else torch.where(modality >= 0, roles.flatten(), -1).int()
-    step = torch.zeros_like(modality)
-    falls = torch.zeros_like(num_segments)
-    if steps is not None:
-        step = torch.where(modality >= 0, steps.flatten(), 0).clamp(-(2**31), 2**31 - 1)
-        falls = _falls(step, role, sequence, num_roles) + ((modality >= 0) & (step != steps.flatten())).sum()
-        step = step.int()
+    if steps is None and chunks is None:
+        step, chunk, falls = torch.zeros_like(modality), torch.full_like(modality, -1), torch.zeros_like(num_segments)
+    else:
+        given_facts = (None if fact is None else fact.long().flatten().contiguous() for fact in (steps, chunks))
+        step, chunk, falls = _op_token_facts(modality, role, sequence, *given_facts, num_roles)
         if on_cpu and falls:
             raise checks.wrong_value("steps", STEPS_EXPECTED, f"{int(falls)} that fall, or are no int32")
-    chunk = torch.full_like(modality, -1) if chunks is None else _chunks(chunks.flatten(), modality, sequence)
     if faults is not None:
-        faults = torch.cat((faults, falls.int().view(1)))
+        faults = torch.cat((faults, falls))
     shape = modality_ids.shape
     return ModalityLayout(
         modality=modality.view(shape),
@@ -228,6 +228,39 @@ def segment_table_torch(modality: Tensor, segment: Tensor, sequence: Tensor, max
     return torch.where(table[:, 2:3] > 0, table, 0)[:max_segments].contiguous()
 
 
+def token_facts_torch(
+    modality: Tensor, role: Tensor, sequence: Tensor, steps: Tensor | None, chunks: Tensor | None, num_roles: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The PyTorch twin of `native.token_facts`.
+
+    Args:
+        modality, role, sequence: int32 ``[T]``. steps, chunks: int64 ``[T]`` or None.
+
+    Returns:
+        step, chunk (int32 ``[T]``, see `ModalityLayout`), and how many steps fall or are no int32 (int32 ``[1]``).
+    """
+    step, chunk = torch.zeros_like(modality), torch.full_like(modality, -1)
+    falls = torch.zeros(1, dtype=torch.int32, device=modality.device)
+    if steps is not None:
+        real = modality >= 0
+        step = torch.where(real, steps, 0).clamp(-(2**31), 2**31 - 1).int()
+        falls = (_falls(step, role, sequence, num_roles) + (real & (step != steps)).sum()).int().view(1)
+    if chunks is not None:
+        chunk = _chunks(chunks, modality, sequence)
+    return step, chunk, falls
+
+
+def _token_facts(modality: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    made = (
+        native.token_facts if modality.device.type == "cpu" and native.runs_on(modality.device) else token_facts_torch
+    )
+    return made(modality, *arguments)
+
+
+def _token_facts_fake(modality: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(modality), torch.empty_like(modality), modality.new_empty(1)
+
+
 def _segment_tokens(
     modality: Tensor, items: Tensor | None, cu_seqlens: Tensor, num_modalities: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -257,6 +290,14 @@ _op_segment_tokens = operator(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _segment_tokens,
     _segment_tokens_fake,
+)
+
+
+_op_token_facts = operator(
+    "_token_facts(Tensor modality, Tensor role, Tensor sequence, Tensor? steps, Tensor? chunks, int num_roles)"
+    " -> (Tensor, Tensor, Tensor)",
+    _token_facts,
+    _token_facts_fake,
 )
 
 
