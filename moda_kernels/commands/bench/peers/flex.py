@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moda_kernels.commands.bench.cases import Case
 from moda_kernels.commands.bench.peers.base import Peer
-from moda_kernels.tokens.mask import visible_pair
+from moda_kernels.tokens.intervals import mask_intervals
 
 
 class Flex(Peer):
@@ -44,21 +44,18 @@ class Flex(Peer):
         return out
 
     def _block_mask(self, case: Case) -> Any:
-        workload = case.workload
-        layout, window = workload.segment(), workload.mask.window
-        rules = workload.mask.rule_table(layout.device)
-        modality, position, segment, sequence = (
-            fact.flatten() for fact in (layout.modality, layout.position, layout.segment, layout.sequence)
-        )
-        # Query 0 stands in this column. Only where it isn't column 0, so that one compiled mask serves all layouts.
-        first = case.length - case.queries
+        layout = case.workload.segment()
+        queries = layout.queries(case.queries)
+        limits, positions = mask_intervals(layout, queries, case.workload.mask)
+        of_query, of_key = queries.of(layout.sequence).flatten(), layout.sequence.flatten()
+        passes = [(of_pass.unbind(), key) for of_pass, key in zip(limits, positions, strict=True)]
 
         def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            if first:
-                q = q + first
-            facts = (modality, position, segment)
-            seen = visible_pair(rules, window, *(f[q] for f in facts), *(f[k] for f in facts))
-            return seen & (sequence[q] == sequence[k])
+            seen = of_query[q] < 0
+            for intervals, position in passes:
+                for low, high in intervals:
+                    seen = seen | ((low[q] < position[k]) & (position[k] <= high[q]))
+            return seen & (of_query[q] == of_key[k])
 
         _, create_block_mask = _compiled(self.mode)
         return create_block_mask(mask_mod, 1, None, case.queries, case.length, device=str(layout.device))
