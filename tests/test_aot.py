@@ -26,7 +26,7 @@ def compiler(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 #: Parts of names; each build of the gate has one of them.
 PARTS = ("attention_forward", "attention_folded", "attention_query", "attention_keys", "decode", "_gram", "_project",
-         "sum", "limits", "positions")  # fmt: skip
+         "sum")  # fmt: skip
 
 
 @pytest.mark.slow

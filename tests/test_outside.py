@@ -14,7 +14,7 @@ from torch import Tensor
 
 import moda_kernels as mk
 from moda_kernels import backends
-from moda_kernels.backends import triton as triton_backend
+from moda_kernels.backends.triton import plan
 from moda_kernels.runtime import checks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,8 +48,8 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if absent or (name == "cpu" and DEVICE == "cuda"):
         pytest.skip("; ".join(absent) or "the tensors are on CUDA")
     if name != request.param:
-        monkeypatch.setattr(triton_backend, "DECODE_FROM", 0)
-        monkeypatch.setattr(triton_backend, "DECODE_ROWS", 1000)
+        monkeypatch.setattr(plan, "DECODE_FROM", 0)
+        monkeypatch.setattr(plan, "DECODE_ROWS", 1000)
     return request.param
 
 

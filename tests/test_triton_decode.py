@@ -10,21 +10,19 @@ import torch
 from torch import Tensor
 
 import moda_kernels as mk
-from moda_kernels.backends.triton import passes as triton_passes
 from moda_kernels.runtime import gpu
-from moda_kernels.testing import CASES, Case, Result, compare, oracle
+from moda_kernels.testing import CASES, Case, Result, compare, oracle, poisoned_memory
 from moda_kernels.testing import run as run_case
 from moda_kernels.tokens.layout import ModalityLayout
 
 if gpu.why_absent():
     pytest.skip("; ".join(gpu.why_absent()), allow_module_level=True)
 
-from test_triton import poisoned_memory
 from torch.testing._internal.optests import opcheck
 
 from moda_kernels.backends import triton as backend
 from moda_kernels.backends.triton import launch as kernels
-from moda_kernels.backends.triton.kernels import decode as decode_kernels
+from moda_kernels.backends.triton import launch_decode, plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BY_NAME = {case.name: case for case in CASES}
@@ -35,7 +33,7 @@ M = 2
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the launchers that ran, in order; no other backend may."""
     ran: list[str] = []
-    for module, name in ((decode_kernels, "decode"), (kernels, "forward"), (kernels, "backward")):
+    for module, name in ((launch_decode, "decode"), (kernels, "forward"), (kernels, "backward")):
         run = getattr(module, name)
 
         def counted(*arguments: Any, run: Any = run, name: str = name) -> Any:
@@ -49,8 +47,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """However few the keys, however many the query rows."""
-    monkeypatch.setattr(backend, "DECODE_FROM", 0)
-    monkeypatch.setattr(backend, "DECODE_ROWS", 1000)
+    monkeypatch.setattr(plan, "DECODE_FROM", 0)
+    monkeypatch.setattr(plan, "DECODE_ROWS", 1000)
 
 
 def ids(*lengths: int, run: int = 7) -> Tensor:
@@ -130,7 +128,7 @@ def test_cases(
     name: str, dtype: torch.dtype, everywhere: None, launches: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Cases of all backends, with fewer queries than keys; so few rows in a tile that sequences take several."""
-    monkeypatch.setattr(backend, "DECODE_TILE", 8)
+    monkeypatch.setattr(plan, "DECODE_TILE", 8)
     case: Case = dataclasses.replace(BY_NAME[name], group=2, queries=BY_NAME[name].queries or "default")
     sizes: dict[str, Any] = {"device": DEVICE, "length": 20}
     inputs = case.build(dtype, **sizes)
@@ -217,7 +215,7 @@ def test_token_by_token(scope: str, monkeypatch: pytest.MonkeyPatch, launches: l
     aligner = mk.DuplexAligner(16, M, fusion="add", scope=scope, device=DEVICE).requires_grad_(False)
     for parameter in aligner.parameters():
         parameter.normal_()
-    monkeypatch.setattr(backend, "DECODE_FROM", 0)
+    monkeypatch.setattr(plan, "DECODE_FROM", 0)
     state = mk.DecodeState(M)
     tokens = torch.stack((ids(44), ids(44, run=5))).to(DEVICE)
     tokens[0, :3] = -1
@@ -242,7 +240,7 @@ def test_token_by_token(scope: str, monkeypatch: pytest.MonkeyPatch, launches: l
 
 def test_more_segments_than_there_is_room_for(launches: list[str]) -> None:
     layout = mk.segment_modalities(ids(300)[None], num_modalities=M).to(DEVICE)
-    faults = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    faults = torch.zeros(4, dtype=torch.int32, device=DEVICE)
     room = dataclasses.replace(layout, max_segments=2, table=layout.table[:2], faults=faults)
     q, k = torch.randn(1, 1, 1, 16, device=DEVICE), torch.randn(1, 1, 300, 16, device=DEVICE)
     out, lse = mk.moda_attention(q, k, k, layout=room, return_lse=True, backend="triton")
@@ -255,7 +253,7 @@ def test_more_segments_than_there_is_room_for(launches: list[str]) -> None:
 def test_which_calls_come_here(monkeypatch: pytest.MonkeyPatch) -> None:
     launches: list[str] = []
     for module, name, outputs in (
-        (decode_kernels, "decode", decode_kernels.decode_outputs), (kernels, "forward", kernels.forward_outputs),
+        (launch_decode, "decode", launch_decode.decode_outputs), (kernels, "forward", kernels.forward_outputs),
     ):  # fmt: skip
 
         def noted(*arguments: Any, name: str = name, outputs: Any = outputs) -> Any:
@@ -297,7 +295,7 @@ def test_tiles_hold_every_row_once(rows: int) -> None:
     bounds = torch.tensor([0, *[20] * 6]).cumsum(0).int()
     layout = mk.segment_modalities(ids(120), num_modalities=M, cu_seqlens=bounds)
     queries = layout.queries(21, None, torch.cat((torch.zeros(1), counts.cumsum(0))).int())
-    tiles = triton_passes.decode_tiles(queries, rows)
+    tiles = plan.decode_tiles(queries, rows)
     held = [(s, row) for s, first, n in tiles.tolist() for row in range(first, first + n)]
     assert held == [(s, int(queries.cu_seqlens[s]) + i) for s in range(6) for i in range(counts[s])]
     assert int(tiles[:, 2].max()) <= rows
@@ -305,9 +303,9 @@ def test_tiles_hold_every_row_once(rows: int) -> None:
 
 def test_shares_of_the_keys() -> None:
     def shares(programs: int, keys: int) -> int:
-        return decode_kernels.key_shares(programs, keys, 64, torch.device("cpu"))
+        return launch_decode.key_shares(programs, keys, 64, torch.device("cpu"))
 
-    assert shares(1, 1 << 20) == decode_kernels.INTERPRETED_PROGRAMS
+    assert shares(1, 1 << 20) == launch_decode.INTERPRETED_PROGRAMS
     assert shares(9, 1 << 20) == shares(16, 1 << 20) == 1 and shares(8, 1 << 20) == 2
     assert shares(1, 65) == 2 and shares(1, 64) == shares(1000, 1 << 20) == shares(1, 0) == 1
 

@@ -24,7 +24,6 @@ from moda_kernels.runtime.launch import Launch
 MODULES = (
     "moda_kernels.products.kernels",
     "moda_kernels.backends.triton.builds",
-    "moda_kernels.backends.triton.decode_builds",
 )
 #: Bytes of shared memory that a block can have (CUDA C++ programming guide, compute capabilities).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -38,7 +37,8 @@ class Build:
         name: what it is, for the table: "segment_gram bf16 128x128".
         kernel: the `@triton.jit` function.
         capability: 80, 90 or 100.
-        types: Triton's type of each argument that is no constant: "*bf16", "*fp32", "i32", "fp32".
+        types: Triton's type of each argument that is no constant: "*bf16", "*fp32", "i32", "fp32"; of a NamedTuple of
+            pointers, such a NamedTuple of types, None for members that are None.
         constants: every `tl.constexpr`, and arguments specialised to a number (a stride of 1) or None.
         config: the launch.
         divisible_by_16: integer arguments that are multiples of 16, as strides usually are; pointers always are.
@@ -49,7 +49,7 @@ class Build:
     name: str
     kernel: Any
     capability: int
-    types: Mapping[str, str]
+    types: Mapping[str, Any]
     constants: Mapping[str, Any]
     config: Launch
     divisible_by_16: tuple[str, ...] = ()
@@ -96,7 +96,7 @@ class Report:
 
 def compile_kernel(
     fn: Any,
-    types: Mapping[str, str],
+    types: Mapping[str, Any],
     constants: Mapping[str, Any],
     config: Launch,
     capability: int,
@@ -117,10 +117,7 @@ def compile_kernel(
     if sorted([*types, *constants]) != sorted(fn.arg_names):
         wrong = sorted({*types, *constants} ^ {*fn.arg_names}) or sorted({*types} & {*constants})
         raise ValueError(f"{fn.__name__}: types and constants differ from the kernel's arguments in {wrong}")
-    signature = {name: types.get(name, "constexpr") for name in fn.arg_names}
-    multiples = {name for name, kind in types.items() if kind.startswith("*")} | set(divisible_by_16)
-    attributes = {(fn.arg_names.index(name),): [["tt.divisibility", 16]] for name in multiples}
-    source = ASTSource(fn=fn, signature=signature, constexprs=dict(constants), attrs=attributes)
+    source = ASTSource(fn, *_described(fn.arg_names, types, constants, set(divisible_by_16)))
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     begin = time.perf_counter()
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -141,6 +138,28 @@ def compile_kernel(
         tcgen05=ptx.count("tcgen05.mma"),
         seconds=round(seconds, 2),
     )
+
+
+def _described(
+    names: list[str], types: Mapping[str, Any], constants: Mapping[str, Any], divisible_by_16: set[str]
+) -> tuple[dict[str, Any], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
+    """A kernel's signature, constants and attributes by place: that of an argument, or of a member of one."""
+    signature: dict[str, Any] = {}
+    constexprs: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for i, name in enumerate(names):
+        kind = types.get(name)
+        members = {(i, j): of for j, of in enumerate(kind)} if isinstance(kind, tuple) else {(i,): kind}
+        if isinstance(kind, tuple):
+            signature[name] = type(kind)(*("constexpr" if of is None else of for of in kind))
+            constexprs |= {place: None for place, of in members.items() if of is None}
+        else:
+            signature[name] = "constexpr" if kind is None else kind
+            constexprs |= {(i,): constants[name]} if kind is None else {}
+        for place, of in members.items():
+            if of is not None and (of.startswith("*") or name in divisible_by_16):
+                attributes[place] = [["tt.divisibility", 16]]
+    return signature, constexprs, attributes
 
 
 def _cuobjdump(cubin: bytes) -> tuple[str, str]:

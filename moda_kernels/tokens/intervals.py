@@ -369,7 +369,7 @@ def count_by_pass(
     """How many keys of each pass every query sees: int32 ``[P, rows]``; linear in tokens."""
     limits, positions = mask_intervals(layout, queries, mask, split, by_modality)
     tokens, device, rows = layout.num_tokens, layout.device, queries.columns.numel()
-    if tokens == 0 or positions.shape[0] == 0:
+    if tokens == 0 or layout.num_sequences == 0 or positions.shape[0] == 0:
         return torch.zeros(positions.shape[0], rows, dtype=torch.int32, device=device)
     position, sequence = layout.position.flatten(), queries.of(layout.sequence, 0).flatten().long()
     first, length = layout.cu_seqlens[sequence], layout.cu_seqlens.diff()[sequence]

@@ -9,14 +9,16 @@ from moda_kernels.runtime.launch import ARCHITECTURES, Launch
 
 @dataclass(frozen=True)
 class AttentionConfig(Launch):
-    """Rows of a tile of queries and of a tile of keys."""
+    """Rows of a tile of queries and of a tile of keys, and how many rows of the tiles that it walks (keys; queries on
+    the backward's keys' side) a program takes at a time where it compares positions: masks take registers."""
 
     block_q: int
     block_k: int
+    part: int = 32
 
     def numbers(self) -> list[int]:
         """As operators take them, see `launch.py`."""
-        return [self.block_q, self.block_k, self.num_warps, self.num_stages]
+        return [self.block_q, self.block_k, self.num_warps, self.num_stages, self.part]
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class DecodeConfig(Launch):
 AttentionTable = Mapping[int, Mapping[int, Mapping[int, AttentionConfig]]]
 _A = AttentionConfig
 
-_FORWARD_32 = {64: _A(4, 2, 32, 32), 128: _A(8, 1, 32, 32), 256: _A(8, 1, 16, 16)}
+_FORWARD_32 = {64: _A(4, 2, 32, 32), 128: _A(8, 1, 32, 32), 256: _A(8, 1, 16, 16, 16)}
 FORWARD: AttentionTable = {
     80: {16: {64: _A(8, 3, 128, 64), 128: _A(8, 3, 128, 64), 256: _A(8, 2, 64, 32)}, 32: _FORWARD_32},
     90: {16: {64: _A(8, 3, 128, 128), 128: _A(8, 3, 128, 64), 256: _A(8, 2, 128, 32)}, 32: _FORWARD_32},
@@ -62,15 +64,15 @@ FOLDED: AttentionTable = {
 _QUERY_32 = {64: _A(4, 2, 32, 32), 128: _A(4, 2, 32, 32), 256: _A(8, 1, 32, 32)}
 BACKWARD_QUERY: AttentionTable = {
     80: {16: {64: _A(8, 3, 128, 64), 128: _A(4, 2, 64, 64), 256: _A(8, 2, 64, 32)}, 32: _QUERY_32},
-    90: {16: {64: _A(8, 3, 128, 64), 128: _A(8, 3, 128, 64), 256: _A(8, 2, 128, 16)}, 32: _QUERY_32},
+    90: {16: {64: _A(8, 3, 128, 64), 128: _A(8, 3, 128, 64), 256: _A(8, 2, 128, 16, 16)}, 32: _QUERY_32},
     100: {16: {64: _A(8, 3, 128, 64), 128: _A(8, 2, 128, 64), 256: _A(8, 2, 64, 32)}, 32: _QUERY_32},
 }
 
 # Two accumulators: at 256 they fill the registers whatever the tile, and 32 rows are below what wgmma takes.
-_KEYS_32 = {64: _A(8, 1, 32, 32), 128: _A(8, 1, 32, 32), 256: _A(8, 1, 16, 16)}
+_KEYS_32 = {64: _A(8, 1, 32, 32), 128: _A(8, 1, 32, 32), 256: _A(8, 1, 16, 16, 16)}
 BACKWARD_KEYS: AttentionTable = {
     80: {16: {64: _A(8, 3, 64, 128), 128: _A(8, 2, 128, 64), 256: _A(8, 2, 32, 32)}, 32: _KEYS_32},
-    90: {16: {64: _A(8, 3, 64, 128), 128: _A(8, 3, 64, 128), 256: _A(8, 2, 32, 32)}, 32: _KEYS_32},
+    90: {16: {64: _A(8, 3, 64, 128), 128: _A(8, 2, 64, 128), 256: _A(8, 2, 32, 32)}, 32: _KEYS_32},
     100: {16: {64: _A(8, 2, 64, 128), 128: _A(8, 2, 64, 128), 256: _A(8, 2, 32, 32)}, 32: _KEYS_32},
 }
 
@@ -84,7 +86,7 @@ _DECODE_32 = {64: DecodeConfig(4, 2, 32), 128: DecodeConfig(8, 2, 32), 256: Deco
 DECODE: DecodeTable = {capability: {16: _DECODE_16, 32: _DECODE_32} for capability in ARCHITECTURES}
 
 #: In the interpreter time goes by operations, and shapes of a few dozen tokens should still make several tiles.
-INTERPRETED = {"forward": _A(1, 1, 32, 16), "query": _A(1, 1, 16, 32), "keys": _A(1, 1, 32, 32)}
+INTERPRETED = {"forward": _A(1, 1, 32, 32, 16), "query": _A(1, 1, 16, 32, 16), "keys": _A(1, 1, 32, 32, 16)}
 INTERPRETED_DECODE = DecodeConfig(1, 1, 16)
 
 #: What MODA_KERNELS_AUTOTUNE=1 tries beside the table's own entry.

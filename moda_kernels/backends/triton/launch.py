@@ -1,14 +1,12 @@
 """Launchers of the attention kernels: from tensors to pointers and strides, outputs allocated, grids set.
 
-A call is described by plain tensors and numbers (operators take nothing else):
+A call is described by plain tensors and numbers (operators take nothing else), which `plan.py` names:
 
-    query, key, value   [B, H, L, D] or packed [T, H, D], any strides with a contiguous last axis
-    facts               modality of the key tokens; limits, key positions, row modalities (see `launch_intervals.py`);
-                        cu_seqlens of keys and of queries (all int32)
-    lists               tiles [tiles, 3]; order [tiles], the longest first; lists [passes, tiles, width], columns or
-                        rows *within the sequence*, one more than are listed; counts [passes, tiles, 2]: full, all
-    passes              modalities M, passes of the first branch, passes P; then P·M rules, P member bits, P modalities
-    config              block of queries, block of keys, warps, stages
+    query, key, value   [B, H, L, D] or packed [T, H, D], any strides
+    facts               the fields of `Facts`
+    walk                the fields of `QueryWalk` or `KeyWalk`
+    passes              the numbers of `PassNumbers`
+    config              block of queries, block of keys, warps, stages, part of a masked tile
 """
 
 import functools
@@ -19,14 +17,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moda_kernels.backends.triton.kernels.backward_keys import attention_backward_keys
-from moda_kernels.backends.triton.kernels.backward_query import attention_backward_query, attention_row_sums
-from moda_kernels.backends.triton.kernels.forward import attention_forward
+from moda_kernels.backends.triton.kernels.backward_keys import KeyTensors, attention_backward_keys
+from moda_kernels.backends.triton.kernels.backward_query import (
+    QueryTensors,
+    RowTensors,
+    attention_backward_query,
+    attention_row_sums,
+)
+from moda_kernels.backends.triton.kernels.forward import ForwardTensors, attention_forward
+from moda_kernels.backends.triton.kernels.primitives import Extras
+from moda_kernels.backends.triton.plan import Facts, PassNumbers
 from moda_kernels.runtime.launch import float32_dots, padded
+from moda_kernels.tokens.walks import KeyWalk, QueryWalk
 
 LOG2E = 1.4426950408889634
-#: Up to so many passes are unrolled in the kernels.
+#: Up to so many walks are unrolled in the kernels.
 UNROLLED = 4
+#: Offsets within a tile of up to 128 rows are 32 bits wide.
+WIDEST_ROW = 2**31 // 128
 
 
 def forward(
@@ -42,7 +50,7 @@ def forward(
     count: Tensor | None,
     fault: Tensor | None,
     facts: Sequence[Tensor],
-    lists: Sequence[Tensor],
+    walk: Sequence[Tensor],
     passes: Sequence[int],
     config: Sequence[int],
     scale: float,
@@ -54,22 +62,21 @@ def forward(
     pseudo scores; fault int32 ``[1]``, not 0: everything becomes NaN.
     """
     out, parts, lse = forward_outputs(query, value, weights is not None)
-    tiles = lists[0].shape[0]
     if out.numel() == 0 and lse.numel() == 0:
         return out, parts, lse
-    q, k, v = (_rows_contiguous(x) for x in (query, key, value))
+    q, k, v = (rows_contiguous(x) for x in (query, key, value))
     q, scale = _with_positive_scale(q, scale)
-    heads = q.shape[1]
-    attention_forward[(tiles * heads,)](
-        p_q=q, p_k=k, p_v=v, p_out=out, p_parts=parts, p_lse=lse,
-        **_matrices(matrix, q), p_bias=bias, p_base=base, p_decay=decay, p_weights=weights, p_count=count,
-        p_fault=fault, **_facts(facts), **_lists(lists, passes, query.device),
-        **_strides("q", q), **_strides("k", k), **_strides("v", v), **_strides("o", out),
-        s_pr=parts.stride(0), **_lse_strides("l", lse, q, with_rows=False),
-        **_bias_strides(bias), **_mask(attn_mask, q, k), s_cr=_count_rows(q),
-        query_heads=heads, group=heads // k.shape[1], query_length=_length(q), key_length=_length(k),
-        scale=scale * LOG2E,
-        **_blocks(q, v, config), SPLIT=weights is not None, PRECISION=float32_dots(),
+    split, tiles, numbers = weights is not None, QueryWalk(*walk), PassNumbers.read(passes)
+    mask, mask_kind, mask_strides = mask_arguments(attn_mask, q, k)
+    unit = unit_of(q, k, v, out, *([parts] if split else []))
+    attention_forward[(tiles.tiles.shape[0] * q.shape[1],)](
+        ForwardTensors(q, k, v, out, parts, lse),
+        Extras(bias, mask, weights, base, decay, count, fault, *matrices(matrix, q)),
+        **_where(facts, tiles, numbers, q, k), width=tiles.key_lists.shape[1],
+        **strides("q", q, unit), **strides("k", k, unit), **strides("v", v, unit), **strides("o", out, unit),
+        s_or=parts.stride(0) // unit if split else 0, **lse_strides("l", lse, q), **bias_strides(bias), **mask_strides,
+        modalities=numbers.modalities, scale=scale * LOG2E, AFFINE=numbers.affine,
+        **_blocks(q, k, v, config, unit), SPLIT=split, MASK=mask_kind, PRECISION=float32_dots(),
     )  # fmt: skip
     return out, parts, lse
 
@@ -103,8 +110,8 @@ def backward(
     attn_mask: Tensor | None,
     count: Tensor | None,
     facts: Sequence[Tensor],
-    query_lists: Sequence[Tensor],
-    key_lists: Sequence[Tensor],
+    query_walk: Sequence[Tensor],
+    key_walk: Sequence[Tensor],
     passes: Sequence[int],
     query_config: Sequence[int],
     key_config: Sequence[int],
@@ -113,13 +120,13 @@ def backward(
     """Gradients of query, key and value; of the bias by tile, float32 ``[P, tiles, Hq, M]``; and by tile,
     float32 ``[tiles, Hq, branches, 3]``, Σ do·o and the gradients of base and decay.
 
-    out: the parts, where split. query_lists: of the kernel that owns query tiles; key_lists: of the one that owns key
-    tiles (lists of query rows).
+    out: the parts, where split. query_walk: of the kernel that owns query tiles; key_walk: of the one that owns key
+    tiles.
     """
     split = weights is not None
     outputs = backward_outputs(
-        dout, dlse, out, lse, query, key, value, bias, base, decay, weights, attn_mask, count, facts, query_lists,
-        key_lists, passes,
+        dout, dlse, out, lse, query, key, value, bias, base, decay, weights, attn_mask, count, facts, query_walk,
+        key_walk, passes,
     )  # fmt: skip
     dq, dk, dv, dbias, sums = outputs
     dbias.zero_()  # tiles that are not used write nothing
@@ -128,36 +135,39 @@ def backward(
         for grad in outputs:
             grad.zero_()
         return outputs
-    q, k, v, do = (_rows_contiguous(x) for x in (query, key, value, dout))
-    heads, key_heads = q.shape[1], k.shape[1]
-    rows, tiles = _count_rows(q), query_lists[0].shape[0]
+    q, k, v, do = (rows_contiguous(x) for x in (query, key, value, dout))
+    heads, rows, size = q.shape[1], count_rows(q), v.shape[-1]
+    tiles, key_tiles, numbers = QueryWalk(*query_walk), KeyWalk(*key_walk), PassNumbers.read(passes)
     new = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
-    delta, limit = new(sums.shape[2], heads, rows), new(sums.shape[2], heads, rows)
-    lengths = {"query_length": _length(q), "key_length": _length(k)}
+    row_sums = new(2, sums.shape[2], heads, rows)
+    norm, delta = row_sums
+    mask, mask_kind, mask_strides = mask_arguments(attn_mask, q, k)
+    extras = Extras(bias, mask, weights, base, decay, count)
+    of_branch = out[0] if split else out
+    unit = unit_of(q, k, v, do, dq, dk, dv, out)
 
-    attention_row_sums[(tiles, heads)](
-        p_dout=do, p_out=out, p_dlse=dlse, p_lse=lse, p_base=base, p_decay=decay, p_weights=weights, p_count=count,
-        p_row_modality=facts[3], p_tiles=query_lists[0], p_delta=delta, p_limit=limit, p_sums=sums,
-        **_strides("d", do), **_strides("o", out[0] if split else out), s_or=out.stride(0) if split else 0,
-        **_lse_strides("l", lse, q, with_rows=False), **_lse_strides("g", dlse, q, with_rows=True),
-        query_heads=heads, query_length=lengths["query_length"], all_rows=rows,
-        E=v.shape[-1], BLOCK_E=padded(v.shape[-1]), BLOCK_Q=query_config[0], SPLIT=split, num_warps=8,
+    attention_row_sums[(tiles.tiles.shape[0], heads)](
+        RowTensors(out, do, lse, dlse, delta, norm, sums), extras, Facts(*facts).row_modality, tiles.tiles,
+        **strides("o", of_branch, unit), s_or=out.stride(0) // unit if split else 0, **strides("do", do, unit),
+        **lse_strides("l", lse, q), **lse_strides("dl", dlse, q), s_dlt=dlse.stride(-2 if split else -1),
+        query_heads=heads, query_length=length_of(q), all_rows=rows,
+        E=size, BLOCK_E=padded(size), UNIT=unit, BLOCK_Q=query_config[0], SPLIT=split, num_warps=8,
     )  # fmt: skip
     common: dict[str, Any] = {
-        "p_q": q, "p_k": k, "p_v": v, "p_dout": do, "p_delta": delta, "p_limit": limit,
-        "p_bias": bias, "p_weights": weights, **_facts(facts),
-        **_strides("q", q), **_strides("k", k), **_strides("v", v), **_strides("d", do),
-        **_bias_strides(bias), **_mask(attn_mask, q, k),
-        "query_heads": heads, "group": heads // key_heads, **lengths,
-        "scale": scale * LOG2E, "SPLIT": split, "PRECISION": float32_dots(),
+        **strides("q", q, unit), **strides("k", k, unit), **strides("v", v, unit), **strides("do", do, unit),
+        **bias_strides(bias), **mask_strides, "scale": scale * LOG2E, "SPLIT": split, "MASK": mask_kind,
+        "PRECISION": float32_dots(),
     }  # fmt: skip
-    attention_backward_query[(tiles * heads,)](
-        p_dq=dq, p_dbias=dbias, **_strides("g", dq),
-        **_lists(query_lists, passes, q.device), **_blocks(q, v, query_config), **common,
+    attention_backward_query[(tiles.tiles.shape[0] * heads,)](
+        QueryTensors(q, k, v, do, dq, dbias, delta, norm), extras,
+        **_where(facts, tiles, numbers, q, k), width=tiles.key_lists.shape[1], **strides("dq", dq, unit),
+        modalities=numbers.modalities, AFFINE=numbers.affine, **_blocks(q, k, v, query_config, unit), **common,
     )  # fmt: skip
-    attention_backward_keys[(key_lists[0].shape[0] * key_heads,)](
-        p_dk=dk, p_dv=dv, p_modality=facts[0], p_cu_q=facts[5], **_strides("g", dk), **_strides("e", dv),
-        **_lists(key_lists, passes, q.device), **_blocks(q, v, key_config), **common,
+    attention_backward_keys[(key_tiles.tiles.shape[0] * k.shape[1],)](
+        KeyTensors(q, k, v, do, dk, dv, row_sums), extras,
+        **_where(facts, key_tiles, numbers, q, k), width=key_tiles.query_lists.shape[1],
+        **strides("dk", dk, unit), **strides("dv", dv, unit), CHAINS=key_tiles.runs.shape[2] // 4 - 1,
+        **_blocks(q, k, v, key_config, unit), **common,
     )  # fmt: skip
     return outputs
 
@@ -177,32 +187,28 @@ def backward_outputs(
     attn_mask: Tensor | None,
     count: Tensor | None,
     facts: Sequence[Tensor],
-    query_lists: Sequence[Tensor],
-    key_lists: Sequence[Tensor],
+    query_walk: Sequence[Tensor],
+    key_walk: Sequence[Tensor],
     passes: Sequence[int],
     *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Room for what `backward` returns, in the memory order of the inputs."""
-    heads, tiles = query.shape[1], query_lists[0].shape[0]
+    heads, tiles, numbers = query.shape[1], QueryWalk(*query_walk).tiles.shape[0], PassNumbers.read(passes)
     new = functools.partial(torch.empty, dtype=torch.float32, device=query.device)
     sums = new((tiles, heads, 1 if weights is None else 2, 3))
-    dbias = new((0 if bias is None else passes[2], tiles, heads, passes[0]))
+    dbias = new((0 if bias is None else numbers.passes, tiles, heads, numbers.modalities))
     dq, dk, dv = (_new(x, x.shape[-1]) for x in (query, key, value))
     return dq, dk, dv, dbias, sums
 
 
-def pass_tables(passes: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Rules ``[P·M]``, member bits ``[P]`` and modalities ``[P]`` of `passes` on a device."""
-    modalities, _, number = passes[:3]
-    table = _on_device(tuple(passes[3:]), device)
-    return table[: number * modalities], table[number * modalities :][:number], table[number * (modalities + 1) :]
-
-
 @functools.lru_cache(maxsize=256)
-def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """Written once per mask, so that no call waits for a copy."""
+def on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """A small table, written once; by fills, because a copy to a device would wait."""
     with torch.inference_mode(False):
-        return torch.tensor(numbers, dtype=torch.int32, device=device)
+        table = torch.zeros(max(len(numbers), 1), dtype=torch.int32, device=device)
+        for i, number in enumerate(numbers):
+            table[i : i + 1].fill_(number)
+        return table
 
 
 def _new(like: Tensor, size: int, several: tuple[int, ...] = ()) -> Tensor:
@@ -217,8 +223,10 @@ def _new(like: Tensor, size: int, several: tuple[int, ...] = ()) -> Tensor:
     return new((*several, batch, heads, length, size))
 
 
-def _rows_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+def rows_contiguous(x: Tensor) -> Tensor:
+    """With a contiguous last axis, and rows no farther apart than kernels can count."""
+    row = x.stride(0) if x.dim() == 3 else x.stride(2)
+    return x if x.stride(-1) == 1 and row < WIDEST_ROW else x.contiguous()
 
 
 def _with_positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:
@@ -228,82 +236,84 @@ def _with_positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:
     return (-query, -scale) if scale < 0 else (query * 0, 1.0)
 
 
-def _matrices(matrix: Tensor | None, query: Tensor) -> dict[str, Tensor | None]:
+def matrices(matrix: Tensor | None, query: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """The key map's matrices in the query's dtype, and what that rounding left over."""
     if matrix is None or query.dtype == torch.float32:
-        return {"p_matrix": None if matrix is None else matrix.contiguous(), "p_matrix_rest": None}
+        return None if matrix is None else matrix.contiguous(), None
     rounded = matrix.to(query.dtype).contiguous()
-    return {"p_matrix": rounded, "p_matrix_rest": (matrix - rounded).to(query.dtype).contiguous()}
+    return rounded, (matrix - rounded).to(query.dtype).contiguous()
 
 
-def _length(x: Tensor) -> int:
+def length_of(x: Tensor) -> int:
     """Rows from one sequence to the next; 0 where they are packed in one matrix."""
     return 0 if x.dim() == 3 else x.shape[2]
 
 
-def _count_rows(x: Tensor) -> int:
+def count_rows(x: Tensor) -> int:
     return x.shape[0] if x.dim() == 3 else x.shape[0] * x.shape[2]
 
 
-def _strides(name: str, x: Tensor) -> dict[str, int]:
-    """Of batch, head and token."""
+def unit_of(*tensors: Tensor) -> int:
+    """16 where rows of all tensors begin at multiples of 16 elements, so that kernels may load them in wide pieces."""
+    steps = (s for x in tensors for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1)
+    return 16 if all(s % 16 == 0 for s in steps) else 1
+
+
+def strides(name: str, x: Tensor, unit: int) -> dict[str, int]:
+    """Of batch, head and token, in units."""
     b, h, t = (0, x.stride(1), x.stride(0)) if x.dim() == 3 else x.stride()[:3]
-    return {f"s_{name}b": b, f"s_{name}h": h, f"s_{name}t": t}
+    return {f"s_{name}b": b // unit, f"s_{name}h": h // unit, f"s_{name}t": t // unit}
 
 
-def _lse_strides(name: str, lse: Tensor, query: Tensor, with_rows: bool) -> dict[str, int]:
-    """Of branch, batch and head (and row) of lse or its gradient."""
+def lse_strides(name: str, lse: Tensor, query: Tensor) -> dict[str, int]:
+    """Of batch, head and branch of lse or its gradient."""
     packed = query.dim() == 3
-    b, h, t = (0, *lse.stride()[:2]) if packed else lse.stride()[:3]
+    b, h = (0, lse.stride(0)) if packed else lse.stride()[:2]
     r = lse.stride(-1) if lse.dim() > (2 if packed else 3) else 0
-    return {f"s_{name}r": r, f"s_{name}b": b, f"s_{name}h": h, **({f"s_{name}t": t} if with_rows else {})}
+    return {f"s_{name}b": b, f"s_{name}h": h, f"s_{name}r": r}
 
 
-def _bias_strides(bias: Tensor | None) -> dict[str, int]:
-    strides = (
+def bias_strides(bias: Tensor | None) -> dict[str, int]:
+    """Of batch, head, the query's and the key's modality."""
+    of = (
         (0, 0, 0, 0)
         if bias is None
         else tuple(0 if n == 1 else s for n, s in zip(bias.shape, bias.stride(), strict=True))
     )
-    return dict(zip(("s_bn", "s_bh", "s_ba", "s_bb"), strides, strict=True))
+    return dict(zip(("s_bb", "s_bh", "s_bq", "s_bk"), of, strict=True))
 
 
-def _mask(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> dict[str, Any]:
-    """attn_mask broadcast by strides of 0."""
+def mask_arguments(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor | None, int, dict[str, int]]:
+    """attn_mask as kernels load it, its kind (0: none, 1: bool, 2: float), and its strides, 0 where it broadcasts."""
     kind = 0
-    strides: tuple[int, ...] = (0, 0, 0, 0)
+    of: tuple[int, ...] = (0, 0, 0, 0)
     if attn_mask is not None:
         kind = 1 if attn_mask.dtype == torch.bool else 2
         attn_mask = attn_mask.view(torch.uint8) if kind == 1 else attn_mask
-        strides = attn_mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2]).stride()
-    return {"p_mask": attn_mask, "MASK": kind, **dict(zip(("s_mb", "s_mh", "s_mq", "s_mk"), strides, strict=True))}
+        of = attn_mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2]).stride()
+    return attn_mask, kind, dict(zip(("s_mb", "s_mh", "s_mq", "s_mk"), of, strict=True))
 
 
-def _facts(facts: Sequence[Tensor]) -> dict[str, Any]:
-    _, limits, keys, row_modality, cu_seqlens, _ = facts
+def _where(
+    facts: Sequence[Tensor], walk: QueryWalk | KeyWalk, numbers: PassNumbers, query: Tensor, key: Tensor
+) -> dict[str, Any]:
+    """Who sees whom, by which tiles."""
+    of = Facts(*facts)
+    few = numbers.passes * numbers.intervals <= UNROLLED
     return {
-        "p_limits": limits, "p_keys": keys, "p_row_modality": row_modality, "p_cu_k": cu_seqlens,
-        "all_rows": limits.shape[2], "all_keys": keys.shape[1],
+        "facts": of, "walk": walk, "p_modalities": on_device(numbers.of_pass, query.device),
+        "query_heads": query.shape[1], "query_length": length_of(query), "key_length": length_of(key),
+        "tiles": walk.tiles.shape[0], "first_passes": numbers.second, "passes": numbers.passes,
+        "all_rows": of.row_modality.shape[0], "all_keys": of.key_modality.shape[0],
+        "FIRST_PASSES": numbers.second if few else 0, "PASSES": numbers.passes if few else 0,
+        "INTERVALS": numbers.intervals,
     }  # fmt: skip
 
 
-def _lists(lists: Sequence[Tensor], passes: Sequence[int], device: torch.device) -> dict[str, Any]:
-    tiles, order, entries, counts = lists
-    modalities, first_passes, number = passes[:3]
-    _, _, of_pass = pass_tables(passes, device)
+def _blocks(query: Tensor, key: Tensor, value: Tensor, config: Sequence[int], unit: int) -> dict[str, Any]:
+    block_q, block_k, warps, stages, part = config
     return {
-        "p_tiles": tiles, "p_order": order, "p_lists": entries, "p_counts": counts,
-        "p_modalities": of_pass,
-        "tiles": tiles.shape[0], "width": entries.shape[2], "first_passes": first_passes, "passes": number,
-        "modalities": modalities,
-        "FIRST_PASSES": first_passes if number <= UNROLLED else 0, "PASSES": number if number <= UNROLLED else 0,
-    }  # fmt: skip
-
-
-def _blocks(query: Tensor, value: Tensor, config: Sequence[int]) -> dict[str, Any]:
-    block_q, block_k, warps, stages = config
-    return {
-        "D": query.shape[-1], "BLOCK_D": padded(query.shape[-1]),
-        "E": value.shape[-1], "BLOCK_E": padded(value.shape[-1]),
-        "BLOCK_Q": block_q, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages,
+        "D": query.shape[-1], "BLOCK_D": padded(query.shape[-1]), "UNIT": unit,
+        "E": value.shape[-1], "BLOCK_E": padded(value.shape[-1]), "GROUP": query.shape[1] // key.shape[1],
+        "BLOCK_Q": block_q, "BLOCK_K": block_k, "PART": part, "num_warps": warps, "num_stages": stages,
     }  # fmt: skip

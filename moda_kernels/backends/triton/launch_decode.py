@@ -9,10 +9,14 @@ from torch import Tensor
 
 from moda_kernels.backends.triton import launch
 from moda_kernels.backends.triton.kernels.decode import (
+    CombineTensors,
+    DecodeTensors,
     attention_decode,
     attention_decode_combine,
     attention_decode_turn,
 )
+from moda_kernels.backends.triton.kernels.primitives import Extras
+from moda_kernels.backends.triton.plan import Facts, PassNumbers
 from moda_kernels.runtime.launch import float32_dots, padded
 
 #: Programs per multiprocessor that the keys are split for: side by side where registers allow it, else in turn.
@@ -51,41 +55,43 @@ def decode(
     out, lse = decode_outputs(query, value, weights is not None)
     if out.numel() == 0 and lse.numel() == 0:
         return out, lse
-    q, k, v = (launch._rows_contiguous(x) for x in (query, key, value))
-    heads, key_heads, split = q.shape[1], k.shape[1], weights is not None
-    group, cells, branches = heads // key_heads, tiles.shape[0] * key_heads, 2 if split else 1
+    q, k, v = (launch.rows_contiguous(x) for x in (query, key, value))
+    key_heads, split, of = k.shape[1], weights is not None, Facts(*facts)
+    group, cells, branches = q.shape[1] // key_heads, tiles.shape[0] * key_heads, 2 if split else 1
     block_k, warps, stages = config
-    block_r = padded(rows * group)
-    modalities, first_passes, number = passes[:3]
+    block_r, unit = padded(rows * group), launch.unit_of(q, k, v, out)
+    numbers = PassNumbers.read(passes)
+    mask, mask_kind, mask_strides = launch.mask_arguments(attn_mask, q, k)
     shares = key_shares(cells * branches, k.shape[0] if k.dim() == 3 else k.shape[2], block_k, q.device)
     new = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
     sums, tops = new(branches, cells, shares, block_r, v.shape[-1]), new(branches, cells, shares, 2, block_r)
-    sizes = {"D": q.shape[-1], "BLOCK_D": padded(q.shape[-1]), "GROUP": group, "BLOCK_R": block_r}
+    sizes = {"D": q.shape[-1], "BLOCK_D": padded(q.shape[-1]), "GROUP": group, "BLOCK_R": block_r, "UNIT": unit}
     values = {"E": v.shape[-1], "BLOCK_E": padded(v.shape[-1])}
-    where = {"key_heads": key_heads, "query_length": launch._length(q), "p_tiles": tiles}
-    described = launch._facts(facts)
+    where = {"key_heads": key_heads, "query_length": launch.length_of(q), "p_tiles": tiles}
+    extras = Extras(bias, mask, weights, base, decay, count, fault)
     turned = None
     if matrix is not None:
-        turned, columns = q.new_empty(modalities, cells, block_r, q.shape[-1]), TURN_COLUMNS[q.element_size() * 8]
-        attention_decode_turn[(cells, modalities, triton.cdiv(q.shape[-1], columns))](
-            p_q=q, **launch._matrices(matrix, q), p_turned=turned, p_row_modality=facts[3],
-            **launch._strides("q", q), **where, **sizes, BLOCK_C=columns, PRECISION=float32_dots(),
+        turned = q.new_empty(numbers.modalities, cells, block_r, q.shape[-1])
+        columns = TURN_COLUMNS[q.element_size() * 8]
+        rounded, rest = launch.matrices(matrix, q)
+        attention_decode_turn[(cells, numbers.modalities, triton.cdiv(q.shape[-1], columns))](
+            p_q=q, p_matrix=rounded, p_matrix_rest=rest, p_turned=turned, p_row_modality=of.row_modality,
+            **launch.strides("q", q, unit), **where, **sizes, BLOCK_C=columns, PRECISION=float32_dots(),
             num_warps=4,
         )  # fmt: skip
     attention_decode[(cells, shares, branches)](
-        p_q=q, p_turned=turned, p_k=k, p_v=v, p_sums=sums, p_tops=tops, p_bias=bias, **described,
-        p_modalities=launch.pass_tables(passes, q.device)[2],
-        **launch._strides("q", q), **launch._strides("k", k), **launch._strides("v", v),
-        **launch._bias_strides(bias), **launch._mask(attn_mask, q, k),
-        **where, key_length=launch._length(k), first_passes=first_passes, passes=number,
-        scale=scale * launch.LOG2E, **sizes, **values, BLOCK_K=block_k, PRECISION=float32_dots(),
-        num_warps=warps, num_stages=stages,
+        DecodeTensors(q, turned, k, v, sums, tops), extras, of,
+        p_modalities=launch.on_device(numbers.of_pass, q.device),
+        **launch.strides("q", q, unit), **launch.strides("k", k, unit), **launch.strides("v", v, unit),
+        **launch.bias_strides(bias), **mask_strides, **where, key_length=launch.length_of(k),
+        first_passes=numbers.second, passes=numbers.passes, all_rows=of.row_modality.shape[0],
+        all_keys=of.key_modality.shape[0], scale=scale * launch.LOG2E, **sizes, **values, BLOCK_K=block_k,
+        INTERVALS=numbers.intervals, MASK=mask_kind, PRECISION=float32_dots(), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     attention_decode_combine[(cells, rows * group)](
-        p_sums=sums, p_tops=tops, p_out=out, p_lse=lse, p_base=base, p_decay=decay, p_weights=weights, p_count=count,
-        p_fault=fault, p_row_modality=facts[3], **launch._strides("o", out),
-        **launch._lse_strides("l", lse, q, with_rows=False), s_cr=launch._count_rows(q),
-        **where, shares=shares, **values, GROUP=group, BLOCK_R=block_r, SPLIT=split, num_warps=4,
+        CombineTensors(sums, tops, out, lse), extras, of.row_modality,
+        **launch.strides("o", out, unit), **launch.lse_strides("l", lse, q), **where, shares=shares,
+        all_rows=of.row_modality.shape[0], UNIT=unit, **values, GROUP=group, BLOCK_R=block_r, SPLIT=split, num_warps=4,
     )  # fmt: skip
     return out, lse
 

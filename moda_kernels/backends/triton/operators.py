@@ -1,38 +1,22 @@
 """Modular-mask attention as an operator with gradients: the door to the Triton kernels of attention.
 
-The operators `attention_limits`, `attention`, `attention_backward` and `attention_decode` are opaque to compilers:
-plain tensors and numbers in, tensors out. `ModaAttention` above them is what autograd, `torch.func` and `torch.compile`
+The operators `attention`, `attention_backward` and `attention_decode` are opaque to compilers: plain tensors and
+numbers in, tensors out. `ModaAttention` above them is what autograd, `torch.func` and `torch.compile`
 see; `attention_decode`, for few query rows, has no gradient.
 """
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from moda_kernels.backends.triton.plan import AttentionPlan, Facts, PassNumbers
 from moda_kernels.products.operators import segment_gram, segment_project
 from moda_kernels.products.twin import Grouping
 from moda_kernels.runtime.operators import operator, register_vmap
-
-
-def _limits(
-    modality: Tensor, position: Tensor, segment: Tensor, table: Tensor, columns: Tensor, passes: list[int], window: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    from moda_kernels.backends.triton import launch
-    from moda_kernels.backends.triton import launch_intervals as intervals
-
-    rules, members, _ = launch.pass_tables(passes, modality.device)
-    return intervals.limits(modality, position, segment, table, columns, rules, members, passes[2], window)
-
-
-def _limits_fake(
-    modality: Tensor, position: Tensor, segment: Tensor, table: Tensor, columns: Tensor, passes: list[int], window: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    from moda_kernels.backends.triton import launch_intervals as intervals
-
-    return intervals.limits_outputs(modality, columns, passes[2])
+from moda_kernels.tokens.walks import KeyWalk, QueryWalk
 
 
 def _attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,21 +60,15 @@ def _attention_decode_fake(
 
 
 _MORE = "Tensor? bias, Tensor? base, Tensor? decay, Tensor? weights, Tensor? attn_mask, Tensor? count"
-op_attention_limits = operator(
-    "_attention_limits(Tensor modality, Tensor position, Tensor segment, Tensor table, Tensor columns, int[] passes, "
-    "int window) -> (Tensor, Tensor, Tensor)",
-    _limits,
-    _limits_fake,
-)
 _op_attention = operator(
     f"_attention(Tensor query, Tensor key, Tensor value, Tensor? matrix, {_MORE}, Tensor? fault, Tensor[] facts, "
-    "Tensor[] lists, int[] passes, int[] config, float scale) -> (Tensor, Tensor, Tensor)",
+    "Tensor[] walk, int[] passes, int[] config, float scale) -> (Tensor, Tensor, Tensor)",
     _attention,
     _attention_fake,
 )
 _op_attention_backward = operator(
     "_attention_backward(Tensor dout, Tensor dlse, Tensor out, Tensor lse, Tensor query, Tensor key, Tensor value, "
-    f"{_MORE}, Tensor[] facts, Tensor[] query_lists, Tensor[] key_lists, int[] passes, int[] query_config, "
+    f"{_MORE}, Tensor[] facts, Tensor[] query_walk, Tensor[] key_walk, int[] passes, int[] query_config, "
     "int[] key_config, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _attention_backward,
     _attention_backward_fake,
@@ -103,36 +81,42 @@ op_attention_decode = operator(
 )
 
 
-@dataclass(frozen=True, eq=False)
-class AttentionPlan:
-    """What a call of `ModaAttention` needs beside its differentiable tensors: who sees whom, and by which tiles.
+class _Saved(NamedTuple):
+    """What the forward keeps for the backward. out: the parts, where split; the rest as in `ModaAttention`."""
 
-    Attributes:
-        facts, passes: of the forward, as in `launch.py`.
-        count: int32 ``[branches, rows]``, pseudo scores of each query row, -1 for infinitely many; or None.
-        fault: int32 ``[1]``, not 0 makes all outputs NaN; or None.
-        lists, config: of the forward.
-        backward_facts, backward_passes: of the backward, which has no key map to fold and so may have fewer passes.
-        query_lists, query_config, key_lists, key_config: of the backward's two kernels. All of it is empty where there
-            will be no backward.
-        grouping: the keys by sequence and modality, where a map is folded into the query; else None.
-        scale: of the scores.
-    """
-
-    facts: tuple[Tensor, ...]
-    passes: tuple[int, ...]
-    count: Tensor | None
-    fault: Tensor | None
-    lists: tuple[Tensor, ...]
-    config: tuple[int, ...]
-    backward_facts: tuple[Tensor, ...]
-    backward_passes: tuple[int, ...]
-    query_lists: tuple[Tensor, ...]
-    query_config: tuple[int, ...]
-    key_lists: tuple[Tensor, ...]
-    key_config: tuple[int, ...]
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    matrix: Tensor | None
+    bias: Tensor | None
+    base: Tensor | None
+    decay: Tensor | None
+    weights: Tensor | None
+    attn_mask: Tensor | None
+    out: Tensor
+    lse: Tensor
+    counts: Tensor | None
+    facts: Facts
+    query_walk: QueryWalk
+    key_walk: KeyWalk
     grouping: Grouping | None
-    scale: float
+
+    def flat(self) -> list[Tensor | None]:
+        """One after the other, as autograd keeps tensors."""
+        *plain, facts, query_walk, key_walk, grouping = self
+        return [*plain, *facts, *query_walk, *key_walk, *(grouping or ())]
+
+    @classmethod
+    def read(cls, tensors: Sequence[Any]) -> "_Saved":
+        left = iter(tensors)
+
+        def take(kind: Any) -> Any:
+            return kind(*itertools.islice(left, len(kind._fields)))
+
+        plain = itertools.islice(left, cls._fields.index("facts"))
+        made: list[Any] = [*plain, take(Facts), take(QueryWalk), take(KeyWalk)]
+        rest = list(left)
+        return cls._make([*made, Grouping(*rest) if rest else None])
 
 
 class ModaAttention(torch.autograd.Function):
@@ -165,7 +149,7 @@ class ModaAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         out, parts, lse = _op_attention(
             query, key, value, matrix, bias, base, decay, weights, attn_mask, plan.count, plan.fault,
-            list(plan.facts), list(plan.lists), list(plan.passes), list(plan.config), plan.scale,
+            list(plan.facts), list(plan.walk), plan.passes.numbers(), list(plan.config), plan.scale,
         )  # fmt: skip
         return out, lse, parts
 
@@ -174,38 +158,40 @@ class ModaAttention(torch.autograd.Function):
         *tensors, plan = inputs
         out, lse, parts = output
         ctx.mark_non_differentiable(parts)
+        if plan.backward is None:
+            return
         # One of them is enough: delta needs the parts where there are any.
         kept = out if inputs[7] is None else parts
-        ctx.save_for_backward(
-            *tensors, kept, lse, plan.count, *(plan.grouping or (None,) * 3),
-            *plan.backward_facts, *plan.query_lists, *plan.key_lists,
-        )  # fmt: skip
-        ctx.numbers = (plan.backward_passes, plan.query_config, plan.key_config, plan.scale)
+        of = plan.backward
+        walks = (of.query_walk, of.key_walk)
+        saved = _Saved._make([*tensors, kept, lse, plan.count, of.facts, *walks, plan.grouping])
+        ctx.save_for_backward(*saved.flat())
+        ctx.numbers = (of.passes, of.query_config, of.key_config, plan.scale)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, dlse: Tensor, dparts: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        query, key, value, matrix, bias, base, decay, weights, attn_mask, out, lse, count = saved[:12]
-        grouping, facts, query_lists, key_lists = saved[12:15], saved[15:21], saved[21:25], saved[25:29]
+        saved = _Saved.read(ctx.saved_tensors)
+        query, key, value, matrix, bias, base, decay, weights, *_ = saved
         passes, query_config, key_config, scale = ctx.numbers
         needed = ctx.needs_input_grad
         fused = key
-        if matrix is not None:
+        if matrix is not None and saved.grouping is not None:
             # Folded again, a map would take three products per tile and pass; written, it takes one per key.
-            fused = _by_token(segment_project(_by_token(key), matrix.flatten(0, 1), Grouping(*grouping), keep=True))
+            fused = _by_token(segment_project(_by_token(key), matrix.flatten(0, 1), saved.grouping, keep=True))
         dq, dk, dv, bias_sums, sums = _op_attention_backward(
-            dout, dlse, out, lse, query, fused, value, bias, base, decay, weights, attn_mask, count,
-            list(facts), list(query_lists), list(key_lists), list(passes), list(query_config), list(key_config), scale,
+            dout, dlse, saved.out, saved.lse, query, fused, value, bias, base, decay, weights, saved.attn_mask,
+            saved.counts, list(saved.facts), list(saved.query_walk), list(saved.key_walk), passes.numbers(),
+            list(query_config), list(key_config), scale,
         )  # fmt: skip
         dmatrix = dbias = dbase = ddecay = dweights = None
-        if matrix is not None:
+        if matrix is not None and saved.grouping is not None:
             # So far dk is that of the fused keys k A. Padding has none.
             by_group, dfused = matrix.flatten(0, 1), _by_token(dk)
             if needed[3]:
-                dmatrix = segment_gram(_by_token(key), dfused, Grouping(*grouping)).view(matrix.shape).to(matrix.dtype)
-            dk = _by_token(segment_project(dfused, by_group.transpose(-1, -2), Grouping(*grouping)))
+                dmatrix = segment_gram(_by_token(key), dfused, saved.grouping).view(matrix.shape).to(matrix.dtype)
+            dk = _by_token(segment_project(dfused, by_group.transpose(-1, -2), saved.grouping))
         if bias is not None and needed[4]:
-            dbias = _bias_gradient(bias, bias_sums, query_lists[0], passes, facts[4])
+            dbias = _bias_gradient(bias, bias_sums, saved.query_walk.tiles, passes, saved.facts.cu_k.shape[0] - 1)
         per_head = sums.sum(0)  # [heads, branches, 3]
         if base is not None and needed[5]:
             dbase = per_head[..., 1].sum(1)
@@ -251,20 +237,19 @@ def _by_token(x: Tensor) -> Tensor:
     return x if x.dim() == 3 else x.transpose(1, 2)
 
 
-def _bias_gradient(bias: Tensor, sums: Tensor, tiles: Tensor, passes: Sequence[int], cu_seqlens: Tensor) -> Tensor:
+def _bias_gradient(bias: Tensor, sums: Tensor, tiles: Tensor, passes: PassNumbers, sequences: int) -> Tensor:
     """From sums over tiles by pass, head and query modality ``[P, tiles, Hq, M]`` to the shape of the bias."""
-    modalities, _, number = passes[:3]
-    of_pass = passes[len(passes) - number :]
+    if bias.shape[1] == 1:
+        sums = sums.sum(2, keepdim=True)
     if bias.shape[0] == 1:
         summed = sums.sum(1, keepdim=True)  # [P, 1, Hq, M]
     else:
-        sequences = torch.arange(cu_seqlens.shape[0] - 1, device=sums.device)
-        own = (tiles[:, 0] == sequences[:, None]).to(sums.dtype)  # [N, tiles]
-        summed = (own[:, :, None, None] * sums[:, None]).sum(2)
-    if bias.shape[1] == 1:
-        summed = summed.sum(2, keepdim=True)
+        own = (tiles[:, 0] == torch.arange(sequences, device=sums.device)[:, None]).to(sums.dtype)  # [N, tiles]
+        summed = (own @ sums.flatten(2)).unflatten(2, sums.shape[2:])
     none = summed.new_zeros(summed.shape[1:])
-    columns = [sum((summed[p] for p in range(number) if of_pass[p] == m), none) for m in range(modalities)]
+    columns = [
+        sum((summed[p] for p, of in enumerate(passes.of_pass) if of == m), none) for m in range(passes.modalities)
+    ]
     return torch.stack(columns, -1).to(bias.dtype)
 
 

@@ -1,7 +1,7 @@
 """MODA_KERNELS_AUTOTUNE=1: on the first call of each kind, try configurations on the call itself and keep the fastest.
 
-Tile sizes belong to tile lists, which are made before a kernel is launched, so Triton's own tuner cannot try them. What
-is found lasts as long as the process; `log` says what it was, for the table in `configs.py`.
+Tile sizes belong to walks of tiles, which are made before a launch, so Triton's own tuner cannot try them. What is
+found lasts as long as the process; `log` says what it was, for the table in `configs.py`.
 """
 
 import functools

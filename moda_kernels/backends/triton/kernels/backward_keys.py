@@ -1,10 +1,14 @@
 """Attention backward, the keys' side: one program owns a key tile of one key head, walks the query tiles that see it
 and, inside, the query heads that share it, so dk and dv need neither atomics nor a second pass.
 
-Scores stand transposed, keys by queries: their exponentials then feed the next product from registers.
+Query tiles stand in chains along which what they see moves on, so that those which meet a key tile are a run of each
+chain, and those which see all of it a run inside that one (`tokens/tiles.py`). Scores stand transposed, keys by
+queries: their exponentials then feed the next product from registers.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -13,6 +17,7 @@ from moda_kernels.backends.triton.kernels.primitives import (
     LN2,
     LOG2E,
     LOWEST,
+    load_key_tile,
     load_mask,
     load_rows,
     row_limits,
@@ -20,152 +25,252 @@ from moda_kernels.backends.triton.kernels.primitives import (
     visible,
 )
 
+#: At least as many as a key tile can have runs, a power of two.
+RUNS = tl.constexpr(8)
+
+
+class KeyTensors(NamedTuple):
+    """Pointers of `attention_backward_keys`. row_sums: float32 [2, branches, heads, rows], norm and delta: one pointer
+    for both, because the loop has no register left for another."""
+
+    q: Any
+    k: Any
+    v: Any
+    dout: Any
+    dk: Any
+    dv: Any
+    row_sums: Any
+
+
+class _Place(NamedTuple):
+    """Where a key tile and the queries of its sequence lie: what stays the same in all walks."""
+
+    p_q: Any
+    p_dout: Any
+    p_row_sums: Any
+    p_row_modality: Any
+    p_mask: Any
+    column: Any
+    count: Any
+    rows: Any
+    i_key_head: Any
+    all_parts: Any
+    s_qh: Any
+    s_qt: Any
+    s_doh: Any
+    s_dot: Any
+    s_bh: Any
+    s_bq: Any
+    s_mh: Any
+    s_mq: Any
+    s_mk: Any
+    all_rows: Any
+    scale: Any
+
+
+@triton.jit
+def _visit(
+    b_dk, b_dv, b_k, b_v, b_position, at, p_limits, p_bias, p_weights, row, i_head, i_part,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr, MASKED: tl.constexpr, MASK: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk (without the scale) and dv of one head's query rows from `row` of the sequence on. i_part: of the norms and
+    deltas, branch · heads + head."""
+    o_q = tl.arange(0, ROWS)
+    i_wide = i_head.to(tl.int64)
+    o_sum = i_part.to(tl.int64) * at.all_rows + row
+    b_real = o_q >= 0
+    if MASKED:
+        # A row that sees nothing, padding too, is not read.
+        b_low, b_high = row_limits(p_limits, 0, at.all_rows, row + o_q, row + o_q < at.rows)
+        b_real = b_low < b_high
+        b_norm = tl.load(at.p_row_sums + o_sum + o_q, mask=b_real, other=float("inf"))
+    else:
+        b_norm = tl.load(at.p_row_sums + o_sum + o_q)
+    if p_bias is not None:
+        b_modality = tl.load(at.p_row_modality + row + o_q, mask=b_real, other=0)
+        p_row = p_bias + i_wide * at.s_bh + b_modality * at.s_bq
+        b_shift = tl.load(p_row, mask=b_real, other=0.0).to(tl.float32) * LOG2E
+        b_norm -= tl.where(b_shift < LOWEST, LOWEST, b_shift)
+    p_q = at.p_q + i_wide * at.s_qh + row.to(tl.int64) * at.s_qt
+    p_do = at.p_dout + i_wide * at.s_doh + row.to(tl.int64) * at.s_dot
+    b_q = load_rows(p_q, o_q, at.s_qt, b_real, D, BLOCK_D, MASKED)  # [ROWS, BLOCK_D]
+    b_do = load_rows(p_do, o_q, at.s_dot, b_real, E, BLOCK_E, MASKED)  # [ROWS, BLOCK_E]
+    b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * at.scale - b_norm[None, :]  # [BLOCK_K, ROWS]
+    if MASK > 0:
+        o_key = tl.arange(0, BLOCK_K)
+        b_s += load_mask(
+            at.p_mask + i_wide * at.s_mh, row + o_q[None, :], (at.column + o_key)[:, None], at.s_mq, at.s_mk,
+            (o_key < at.count)[:, None] & b_real[None, :], MASK == 1,
+        )  # fmt: skip
+    if MASKED:
+        b_s = tl.where(visible(b_low[None, :], b_high[None, :], b_position[:, None]), b_s, float("-inf"))
+    b_p = tl.exp2(b_s)
+    if SPLIT:
+        weight = tl.load(p_weights + i_part)
+        b_dv = tl.dot((b_p * weight).to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
+        b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION) * weight
+    else:
+        b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
+        b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
+    # Loaded no earlier: a column each would cost registers.
+    o_sum = (at.all_parts + i_part).to(tl.int64) * at.all_rows + row
+    if MASKED:
+        b_delta = tl.load(at.p_row_sums + o_sum + o_q, mask=b_real, other=0.0)
+    else:
+        b_delta = tl.load(at.p_row_sums + o_sum + o_q)
+    b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q.dtype)
+    b_dk = tl.dot(b_ds, b_q, b_dk, input_precision=PRECISION)
+    return b_dk, b_dv
+
+
+@triton.jit
+def _shift(b_start, b_until, b_shift, n):
+    return tl.sum(tl.where((n >= b_start) & (n < b_until), b_shift, 0), 0)
+
 
 @triton.jit
 def _walk(
-    b_dk, b_dv, b_k, b_v, i_pass, token, count,
-    p_q, p_dout, p_limit, p_delta, p_bias, p_weights, p_list, i_begin, i_end,
-    p_limits, p_keys, p_row_modality, p_mask, o_column, o_flat, rows, i_branch, i_key_head,
-    s_qh, s_qt, s_dh, s_dt, s_bh, s_ba, s_mh, s_mq, s_mk, query_heads, group, all_rows, scale,
+    b_dk, b_dv, b_k, b_v, at, walk, p_limits, p_keys, p_bias, p_weights, i_walk, i_tile, tiles, width, i_first,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PARTIAL: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PART: tl.constexpr, GROUP: tl.constexpr, CHAINS: tl.constexpr,
     MASK: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk (without the scale) and dv over listed query tiles and the heads of the group, one after the other."""
-    o_q = tl.arange(0, BLOCK_Q)
-    if PARTIAL or MASK > 0:
-        # Not passed in: through the loop over full tiles they would cost registers.
-        o_key = tl.arange(0, BLOCK_K)
-        b_position = tl.load(p_keys + token + o_key, mask=o_key < count, other=-1)
-    ahead = tl.load(p_list + i_begin)
-    for i in range(i_begin * group, i_end * group):
-        row = ahead  # of the sequence's queries
-        ahead = tl.load(p_list + (i + 1) // group)
-        i_head = i_key_head * group + i % group
-        o_row = row + o_q
-        p_q_tile = p_q + i_head.to(tl.int64) * s_qh + row.to(tl.int64) * s_qt
-        p_do_tile = p_dout + i_head.to(tl.int64) * s_dh + row.to(tl.int64) * s_dt
-        o_head = (i_branch * query_heads + i_head).to(tl.int64) * all_rows + o_flat + row
-        b_real = o_q >= 0
-        if PARTIAL:
-            b_real = o_row < rows
-        if PARTIAL or p_bias is not None:
-            b_modality = tl.load(p_row_modality + o_flat + o_row, mask=b_real, other=-1)
-            b_real = b_modality >= 0
-        if PARTIAL:
-            b_limit = tl.load(p_limit + o_head + o_q, mask=b_real, other=float("inf"))
-        else:
-            b_limit = tl.load(p_limit + o_head + o_q)
-        if p_bias is not None:
-            b_shift = tl.load(p_bias + i_head * s_bh + tl.maximum(b_modality, 0) * s_ba).to(tl.float32) * LOG2E
-            b_limit -= tl.where(b_shift < LOWEST, LOWEST, b_shift)
-        b_q = load_rows(p_q_tile, o_q, s_qt, b_real, D, BLOCK_D, PARTIAL)  # [BLOCK_Q, BLOCK_D]
-        b_do = load_rows(p_do_tile, o_q, s_dt, b_real, E, BLOCK_E, PARTIAL)  # [BLOCK_Q, BLOCK_E]
-        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale - b_limit[None, :]  # [BLOCK_K, BLOCK_Q]
-        if MASK > 0:
-            inside = (o_key < count)[:, None] & b_real[None, :]
-            p_mask_head = p_mask + i_head.to(tl.int64) * s_mh
-            b_s += load_mask(p_mask_head, o_row[None, :], (o_column + o_key)[:, None], s_mq, s_mk, inside, MASK == 1)
-        if PARTIAL:
-            b_low, b_high = row_limits(p_limits, i_pass, all_rows, o_flat + o_row, b_real)
-            seen = visible(b_low[None, :], b_high[None, :], b_position[:, None])
-            b_s = tl.where(seen, b_s, float("-inf"))
-        b_p = tl.exp2(b_s)
-        if SPLIT:
-            weight = tl.load(p_weights + i_branch * query_heads + i_head)
-            b_dv = tl.dot((b_p * weight).to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
-            b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION) * weight
-        else:
-            b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
-            b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
-        # Loaded no earlier: a column each would cost registers.
-        if PARTIAL:
-            b_delta = tl.load(p_delta + o_head + o_q, mask=b_real, other=0.0)
-        else:
-            b_delta = tl.load(p_delta + o_head + o_q)
-        b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q.dtype)
-        b_dk = tl.dot(b_ds, b_q, b_dk, input_precision=PRECISION)
+    """Query tiles that see all keys, in one loop over the runs of all chains; then the others, in parts, in another.
+    Inside, the heads of the group. i_first: branch · heads."""
+    p_list = walk.query_lists + width.to(tl.int64) * i_walk
+    p_runs = walk.runs + (tiles.to(tl.int64) * i_walk + i_tile) * (4 * CHAINS + 4)
+    i_head = at.i_key_head * GROUP
+    if MASK == 0:
+        # Entry n of all runs is list[n + shift], with the shift of the run that it falls in.
+        shift_0 = tl.load(p_runs + 1)
+        until_0 = tl.load(p_runs + 2) - shift_0
+        shift_1, until_1, shift_2, total = shift_0, until_0, shift_0, until_0
+        if CHAINS > 1:
+            shift_1 = tl.load(p_runs + 5) - until_0
+            until_1 = tl.load(p_runs + 6) - shift_1
+            total = until_1
+        if CHAINS > 2:
+            shift_2 = tl.load(p_runs + 9) - until_1
+            total = tl.load(p_runs + 10) - shift_2
+        ahead = tl.load(p_list + tl.where(until_0 > 0, shift_0, tl.where(until_1 > 0, shift_1, shift_2)))
+        for i in range(0, total * GROUP):
+            row = ahead
+            n = (i + 1) // GROUP
+            shift = shift_0
+            if CHAINS > 1:
+                shift = tl.where(n < until_0, shift_0, shift_1)
+            if CHAINS > 2:
+                shift = tl.where(n < until_1, shift, shift_2)
+            ahead = tl.load(p_list + n + shift)
+            b_dk, b_dv = _visit(
+                b_dk, b_dv, b_k, b_v, None, at, p_limits, p_bias, p_weights, row, i_head + i % GROUP,
+                i_first + i_head + i % GROUP,
+                D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, False, 0, SPLIT, PRECISION,
+            )  # fmt: skip
+    # Loaded only here: through the loop above it would cost registers.
+    o_key = tl.arange(0, BLOCK_K)
+    b_position = tl.load(p_keys + o_key, mask=o_key < at.count, other=-1)
+    # All these runs in one loop, too: entry n is list[n + shift], with the shift of the run that it falls in. With an
+    # attn_mask every tile is compared, and what lies before, in and after the full run of a chain is one run.
+    o_run = tl.arange(0, RUNS)
+    o_first, o_last = 2 * o_run, 2 * o_run + 1
+    there = o_run < 2 * CHAINS + 2
+    if MASK > 0:
+        o_first = tl.where(o_run < CHAINS, 4 * o_run, 2 * (o_run + CHAINS))
+        o_last = tl.where(o_run < CHAINS, 4 * o_run + 3, o_first + 1)
+        there = o_run < CHAINS + 2
+    b_first = tl.load(p_runs + o_first, mask=there, other=0)
+    b_length = tl.load(p_runs + o_last, mask=there, other=0) - b_first
+    b_until = tl.cumsum(b_length, 0)
+    b_start = b_until - b_length
+    b_shift = b_first - b_start
+    PARTS: tl.constexpr = BLOCK_Q // PART
+    ahead = tl.load(p_list + _shift(b_start, b_until, b_shift, 0))
+    for i in range(0, tl.sum(b_length, 0) * (GROUP * PARTS)):
+        row = ahead + i % PARTS * PART
+        n = (i + 1) // (GROUP * PARTS)
+        ahead = tl.load(p_list + n + _shift(b_start, b_until, b_shift, n))
+        i_of_group = i // PARTS % GROUP
+        b_dk, b_dv = _visit(
+            b_dk, b_dv, b_k, b_v, b_position, at, p_limits, p_bias, p_weights, row, i_head + i_of_group,
+            i_first + i_head + i_of_group,
+            D, E, BLOCK_D, BLOCK_E, PART, BLOCK_K, True, MASK, SPLIT, PRECISION,
+        )  # fmt: skip
     return b_dk, b_dv
 
 
 @triton.jit
 def _pass(
-    b_dk, b_dv, b_k, b_v, i_pass, i_branch, i_key_head, i_tile, token, count,
-    p_q, p_dout, p_limit, p_delta, p_bias, p_weights, p_mask,
-    p_limits, p_keys, p_row_modality, p_lists, p_counts, p_modalities,
-    o_column, o_flat, rows, s_qh, s_qt, s_dh, s_dt, s_bh, s_ba, s_bb, s_mh, s_mq, s_mk,
-    query_heads, group, tiles, width, modalities, all_rows, all_keys, scale,
+    b_dk, b_dv, b_k, b_v, at, extras, facts, walk, p_modalities, i_pass, i_branch, i_batch, i_tile, token, o_flat,
+    s_bb, s_bk, query_heads, tiles, width, all_keys,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, MASK: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PART: tl.constexpr, GROUP: tl.constexpr, CHAINS: tl.constexpr,
+    INTERVALS: tl.constexpr, SPLIT: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One pass: its lists walked."""
-    i_modality = tl.load(p_modalities + i_pass)
-    i_list = (i_pass * tiles + i_tile).to(tl.int64)
-    p_list = p_lists + i_list * width
-    full, every = tl.load(p_counts + i_list * 2), tl.load(p_counts + i_list * 2 + 1)
-    p_bias_pass = p_bias
-    if p_bias is not None:
-        p_bias_pass = p_bias + i_modality * s_bb
-    p_keys += i_pass * all_keys
-    b_dk, b_dv = _walk(
-        b_dk, b_dv, b_k, b_v, i_pass, token, count, p_q, p_dout, p_limit, p_delta, p_bias_pass, p_weights, p_list,
-        0, full,
-        p_limits, p_keys, p_row_modality, p_mask, o_column, o_flat, rows, i_branch, i_key_head,
-        s_qh, s_qt, s_dh, s_dt, s_bh, s_ba, s_mh, s_mq, s_mk, query_heads, group, all_rows, scale,
-        D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, False, MASK, SPLIT, PRECISION,
-    )  # fmt: skip
-    b_dk, b_dv = _walk(
-        b_dk, b_dv, b_k, b_v, i_pass, token, count, p_q, p_dout, p_limit, p_delta, p_bias_pass, p_weights, p_list,
-        full, every,
-        p_limits, p_keys, p_row_modality, p_mask, o_column, o_flat, rows, i_branch, i_key_head,
-        s_qh, s_qt, s_dh, s_dt, s_bh, s_ba, s_mh, s_mq, s_mk, query_heads, group, all_rows, scale,
-        D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, True, MASK, SPLIT, PRECISION,
-    )  # fmt: skip
+    """One pass: its walks."""
+    p_bias = extras.bias
+    if extras.bias is not None:
+        p_bias = extras.bias + i_batch * s_bb + tl.load(p_modalities + i_pass) * s_bk
+    p_keys = facts.positions + all_keys.to(tl.int64) * i_pass + token
+    for i_interval in tl.static_range(INTERVALS):
+        i_walk = i_pass * INTERVALS + i_interval
+        p_limits = facts.limits + at.all_rows.to(tl.int64) * (2 * i_walk) + o_flat
+        b_dk, b_dv = _walk(
+            b_dk, b_dv, b_k, b_v, at, walk, p_limits, p_keys, p_bias, extras.weights, i_walk, i_tile, tiles, width,
+            i_branch * query_heads,
+            D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, PART, GROUP, CHAINS, MASK, SPLIT, PRECISION,
+        )  # fmt: skip
     return b_dk, b_dv
 
 
-@triton.jit(do_not_specialize=["query_heads", "query_length", "key_length", "tiles", "width", "first_passes", "passes",
-                               "all_rows", "all_keys"])  # fmt: skip
+@triton.jit(do_not_specialize=[
+    "s_qb", "s_qh", "s_qt", "s_kb", "s_kh", "s_kt", "s_vb", "s_vh", "s_vt", "s_dob", "s_doh", "s_dot",
+    "s_dkb", "s_dkh", "s_dkt", "s_dvb", "s_dvh", "s_dvt", "s_bb", "s_bh", "s_bq", "s_bk", "s_mb", "s_mh", "s_mq",
+    "s_mk", "query_heads", "query_length", "key_length", "tiles", "width", "first_passes", "passes", "all_rows",
+    "all_keys",
+])  # fmt: skip
 def attention_backward_keys(
-    p_q, p_k, p_v, p_dout, p_dk, p_dv, p_delta, p_limit,
-    p_bias, p_weights, p_mask,
-    p_modality, p_limits, p_keys, p_row_modality, p_cu_k, p_cu_q, p_tiles, p_order, p_lists, p_counts, p_modalities,
-    s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_db, s_dh, s_dt, s_gb, s_gh, s_gt, s_eb, s_eh, s_et,
-    s_bn, s_bh, s_ba, s_bb, s_mb, s_mh, s_mq, s_mk,
-    query_heads, group, query_length, key_length, tiles, width, first_passes, passes, modalities, all_rows,
-    all_keys, scale,
-    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
-    FIRST_PASSES: tl.constexpr, PASSES: tl.constexpr,
+    tensors, extras, facts, walk, p_modalities,
+    s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_dob, s_doh, s_dot,
+    s_dkb, s_dkh, s_dkt, s_dvb, s_dvh, s_dvt, s_bb, s_bh, s_bq, s_bk, s_mb, s_mh, s_mq, s_mk,
+    query_heads, query_length, key_length, tiles, width, first_passes, passes, all_rows, all_keys, scale,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, UNIT: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PART: tl.constexpr, CHAINS: tl.constexpr,
+    FIRST_PASSES: tl.constexpr, PASSES: tl.constexpr, INTERVALS: tl.constexpr,
+    SPLIT: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv. Grid: key tiles · key heads, the longest lists first."""
-    key_heads = query_heads // group
-    i_tile = tl.load(p_order + tl.program_id(0) // key_heads)
+    """dk and dv. Grid: key tiles · key heads, the longest walks first."""
+    key_heads = query_heads // GROUP
+    i_tile = tl.load(walk.order + tl.program_id(0) // key_heads)
     i_key_head = tl.program_id(0) % key_heads
-    i_sequence = tl.load(p_tiles + i_tile * 3)
-    token = tl.load(p_tiles + i_tile * 3 + 1)
-    count = tl.load(p_tiles + i_tile * 3 + 2)
+    i_sequence = tl.load(walk.tiles + i_tile * 3)
+    token = tl.load(walk.tiles + i_tile * 3 + 1)
+    count = tl.load(walk.tiles + i_tile * 3 + 2)
     if count == 0:
         return
-    begin = tl.load(p_cu_k + i_sequence)
-    o_flat = tl.load(p_cu_q + i_sequence)
-    rows = tl.load(p_cu_q + i_sequence + 1) - o_flat
-    i_batch = i_sequence.to(tl.int64)
-    o_q, o_k = o_flat - i_sequence * query_length, token - i_sequence * key_length
-    p_q += i_batch * s_qb + o_q.to(tl.int64) * s_qt
-    p_dout += i_batch * s_db + o_q.to(tl.int64) * s_dt
-    p_k += i_batch * s_kb + i_key_head.to(tl.int64) * s_kh + o_k.to(tl.int64) * s_kt
-    p_v += i_batch * s_vb + i_key_head.to(tl.int64) * s_vh + o_k.to(tl.int64) * s_vt
+    begin, o_flat = tl.load(facts.cu_k + i_sequence), tl.load(facts.cu_q + i_sequence)
+    rows = tl.load(facts.cu_q + i_sequence + 1) - o_flat
+    i_batch, i_wide = i_sequence.to(tl.int64), i_key_head.to(tl.int64)
+    o_q = (o_flat - i_sequence * query_length).to(tl.int64)
+    o_k = (token - i_sequence * key_length).to(tl.int64)
+    p_k = tensors.k + (i_batch * s_kb + i_wide * s_kh + o_k * s_kt) * UNIT
+    p_v = tensors.v + (i_batch * s_vb + i_wide * s_vh + o_k * s_vt) * UNIT
+    p_mask = extras.mask
     if MASK > 0:
-        p_mask += i_batch * s_mb
-    if p_bias is not None:
-        p_bias += i_batch * s_bn
+        p_mask = extras.mask + i_batch * s_mb
+    at = _Place(
+        tensors.q + (i_batch * s_qb + o_q * s_qt) * UNIT, tensors.dout + (i_batch * s_dob + o_q * s_dot) * UNIT,
+        tensors.row_sums + o_flat, facts.row_modality + o_flat, p_mask,
+        token - begin, count, rows, i_key_head, (2 if SPLIT else 1) * query_heads,
+        s_qh.to(tl.int64) * UNIT, s_qt * UNIT, s_doh.to(tl.int64) * UNIT, s_dot * UNIT,
+        s_bh, s_bq, s_mh, s_mq, s_mk, all_rows, scale,
+    )  # fmt: skip
 
-    o_row = tl.arange(0, BLOCK_K)
-    inside = o_row < count
-    real = tl.load(p_modality + token + o_row, mask=inside, other=-1) >= 0
-    b_k = load_rows(p_k, o_row, s_kt, real, D, BLOCK_D, True)  # [BLOCK_K, BLOCK_D]
-    b_v = load_rows(p_v, o_row, s_vt, real, E, BLOCK_E, True)  # [BLOCK_K, BLOCK_E]
+    o_key = tl.arange(0, BLOCK_K)
+    real = tl.load(facts.key_modality + token + o_key, mask=o_key < count, other=-1) >= 0
+    b_k = load_key_tile(p_k, 0 * token, o_key, s_kt * UNIT, real, D, BLOCK_D, True)  # [BLOCK_K, BLOCK_D]
+    b_v = load_key_tile(p_v, 0 * token, o_key, s_vt * UNIT, real, E, BLOCK_E, True)  # [BLOCK_K, BLOCK_E]
     b_dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_K, BLOCK_E], tl.float32)
 
@@ -175,29 +280,23 @@ def attention_backward_keys(
                 FIRST_PASSES if i_branch == 1 else 0, FIRST_PASSES if SPLIT and i_branch == 0 else PASSES
             ):  # fmt: skip
                 b_dk, b_dv = _pass(
-                    b_dk, b_dv, b_k, b_v, i_pass, i_branch, i_key_head, i_tile, token, count,
-                    p_q, p_dout, p_limit, p_delta, p_bias, p_weights, p_mask,
-                    p_limits, p_keys, p_row_modality, p_lists, p_counts, p_modalities,
-                    token - begin, o_flat, rows, s_qh, s_qt, s_dh, s_dt, s_bh, s_ba, s_bb, s_mh, s_mq, s_mk,
-                    query_heads, group, tiles, width, modalities, all_rows, all_keys, scale,
-                    D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, MASK, SPLIT, PRECISION,
+                    b_dk, b_dv, b_k, b_v, at, extras, facts, walk, p_modalities, i_pass, i_branch, i_batch, i_tile,
+                    token, o_flat, s_bb, s_bk, query_heads, tiles, width, all_keys,
+                    D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, PART, GROUP, CHAINS, INTERVALS, SPLIT, MASK, PRECISION,
                 )  # fmt: skip
         else:
             pass_from = first_passes if i_branch == 1 else 0
             pass_to = first_passes if SPLIT and i_branch == 0 else passes
             for i_pass in range(pass_from, pass_to):
                 b_dk, b_dv = _pass(
-                    b_dk, b_dv, b_k, b_v, i_pass, i_branch, i_key_head, i_tile, token, count,
-                    p_q, p_dout, p_limit, p_delta, p_bias, p_weights, p_mask,
-                    p_limits, p_keys, p_row_modality, p_lists, p_counts, p_modalities,
-                    token - begin, o_flat, rows, s_qh, s_qt, s_dh, s_dt, s_bh, s_ba, s_bb, s_mh, s_mq, s_mk,
-                    query_heads, group, tiles, width, modalities, all_rows, all_keys, scale,
-                    D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, MASK, SPLIT, PRECISION,
+                    b_dk, b_dv, b_k, b_v, at, extras, facts, walk, p_modalities, i_pass, i_branch, i_batch, i_tile,
+                    token, o_flat, s_bb, s_bk, query_heads, tiles, width, all_keys,
+                    D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, PART, GROUP, CHAINS, INTERVALS, SPLIT, MASK, PRECISION,
                 )  # fmt: skip
 
     # Addresses are made again here: kept through the loops they would cost registers.
-    o_row = tl.arange(0, BLOCK_K)
-    p_dk += i_batch * s_gb + i_key_head.to(tl.int64) * s_gh + o_k.to(tl.int64) * s_gt
-    p_dv += i_batch * s_eb + i_key_head.to(tl.int64) * s_eh + o_k.to(tl.int64) * s_et
-    store_rows(p_dk, o_row, s_gt, b_dk * (scale * LN2), o_row < count, D, BLOCK_D)
-    store_rows(p_dv, o_row, s_et, b_dv, o_row < count, E, BLOCK_E)
+    o_key = tl.arange(0, BLOCK_K)
+    p_dk = tensors.dk + (i_batch * s_dkb + i_wide * s_dkh + o_k * s_dkt) * UNIT
+    p_dv = tensors.dv + (i_batch * s_dvb + i_wide * s_dvh + o_k * s_dvt) * UNIT
+    store_rows(p_dk, o_key, s_dkt * UNIT, b_dk * (scale * LN2), o_key < count, D, BLOCK_D)
+    store_rows(p_dv, o_key, s_dvt * UNIT, b_dv, o_key < count, E, BLOCK_E)

@@ -1,10 +1,12 @@
 """Attention backward, the query's side: row sums that all of it needs, then dq, with the gradients that belong to rows.
 
-Nothing is added up in memory by atomics: every program owns what it writes, so results don't depend on the order of
-execution. `backward_keys.py` has the keys' side.
+dq walks key tiles as the forward does. Nothing is added up in memory by atomics: every program owns what it writes, so
+results don't depend on the order of execution. `backward_keys.py` has the keys' side.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -13,62 +15,94 @@ from moda_kernels.backends.triton.kernels.primitives import (
     LN2,
     LOG2E,
     LOWEST,
+    entry_of,
+    load_key_tile,
     load_mask,
     load_rows,
     log_pseudo_mass,
     log_pseudo_mass_slope,
+    masked_runs,
     row_limits,
     store_rows,
     visible,
 )
 
 
-@triton.jit(do_not_specialize=["query_heads", "query_length", "all_rows"])
-def attention_row_sums(
-    p_dout, p_out, p_dlse, p_lse, p_base, p_decay, p_weights, p_count,
-    p_row_modality, p_tiles,
-    p_delta, p_limit, p_sums,
-    s_db, s_dh, s_dt, s_ob, s_oh, s_ot, s_or, s_lr, s_lb, s_lh, s_gr, s_gb, s_gh, s_gt,
-    query_heads, query_length, all_rows,
-    E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_Q: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
-    """delta = w (do · o) - dlse and lse in log2 (+inf where a row sees nothing), by branch, head and flat row; and,
-    summed over each tile, what d base, d decay and d branch_weights are made of.
+class RowTensors(NamedTuple):
+    """Pointers of `attention_row_sums`. delta, norm: float32 [branches, heads, rows]; sums: float32
+    [tiles, heads, branches, 3]."""
 
-    Grid: (query tiles, query heads). p_sums: [tiles, heads, branches, 3].
+    out: Any
+    dout: Any
+    lse: Any
+    dlse: Any
+    delta: Any
+    norm: Any
+    sums: Any
+
+
+class QueryTensors(NamedTuple):
+    """Pointers of `attention_backward_query`. dbias: float32 [passes, tiles, heads, modalities] or None."""
+
+    q: Any
+    k: Any
+    v: Any
+    dout: Any
+    dq: Any
+    dbias: Any
+    delta: Any
+    norm: Any
+
+
+@triton.jit(do_not_specialize=[
+    "s_ob", "s_oh", "s_ot", "s_or", "s_dob", "s_doh", "s_dot", "s_lb", "s_lh", "s_lr", "s_dlb", "s_dlh", "s_dlr",
+    "s_dlt", "query_heads", "query_length", "all_rows",
+])  # fmt: skip
+def attention_row_sums(
+    tensors, extras, p_row_modality, p_tiles,
+    s_ob, s_oh, s_ot, s_or, s_dob, s_doh, s_dot, s_lb, s_lh, s_lr, s_dlb, s_dlh, s_dlr, s_dlt,
+    query_heads, query_length, all_rows,
+    E: tl.constexpr, BLOCK_E: tl.constexpr, UNIT: tl.constexpr, BLOCK_Q: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """delta = w (do · o) - dlse and norm, lse in log2 (+inf where a row sees nothing), by branch, head and flat row;
+    and, summed over each tile, what d base, d decay and d branch_weights are made of.
+
+    Grid: (query tiles, query heads).
     """
     i_tile, i_head = tl.program_id(0), tl.program_id(1)
     i_sequence = tl.load(p_tiles + i_tile * 3)
     row = tl.load(p_tiles + i_tile * 3 + 1)
     rows = tl.load(p_tiles + i_tile * 3 + 2)
-    i_batch = i_sequence.to(tl.int64)
+    i_batch, i_wide = i_sequence.to(tl.int64), i_head.to(tl.int64)
     o_q = row - i_sequence * query_length
     o_row = tl.arange(0, BLOCK_Q)
     inside = o_row < rows
     b_real = tl.load(p_row_modality + row + o_row, mask=inside, other=-1) >= 0
-    p_dout += i_batch * s_db + i_head.to(tl.int64) * s_dh + o_q.to(tl.int64) * s_dt
-    p_out += i_batch * s_ob + i_head.to(tl.int64) * s_oh + o_q.to(tl.int64) * s_ot
-    b_do = load_rows(p_dout, o_row, s_dt, b_real, E, BLOCK_E, True).to(tl.float32)  # [BLOCK_Q, BLOCK_E]
+    p_dout = tensors.dout + (i_batch * s_dob + i_wide * s_doh + o_q.to(tl.int64) * s_dot) * UNIT
+    p_out = tensors.out + (i_batch * s_ob + i_wide * s_oh + o_q.to(tl.int64) * s_ot) * UNIT
+    b_do = load_rows(p_dout, o_row, s_dot * UNIT, b_real, E, BLOCK_E, True).to(tl.float32)  # [BLOCK_Q, BLOCK_E]
     for i_branch in tl.static_range(2 if SPLIT else 1):
-        b_o = load_rows(p_out + i_branch * s_or, o_row, s_ot, b_real, E, BLOCK_E, True).to(tl.float32)
+        p_part = p_out + i_branch * s_or.to(tl.int64) * UNIT
+        b_o = load_rows(p_part, o_row, s_ot * UNIT, b_real, E, BLOCK_E, True).to(tl.float32)
         b_dot = tl.sum(b_do * b_o, 1)
         weight = 1.0
         if SPLIT:
-            weight = tl.load(p_weights + i_branch * query_heads + i_head)
-        p_row = p_lse + i_branch * s_lr + i_batch * s_lb + i_head * s_lh + o_q
-        b_lse = tl.load(p_row + o_row, mask=b_real, other=float("-inf"))
-        p_dlse_row = p_dlse + i_branch * s_gr + i_batch * s_gb + i_head * s_gh + o_q.to(tl.int64) * s_gt
-        b_dlse = tl.load(p_dlse_row + o_row * s_gt, mask=b_real, other=0.0)
+            weight = tl.load(extras.weights + i_branch * query_heads + i_head)
+        p_lse = tensors.lse + i_branch * s_lr.to(tl.int64) + i_batch * s_lb + i_wide * s_lh + o_q
+        b_lse = tl.load(p_lse + o_row, mask=b_real, other=float("-inf"))
+        p_dlse = tensors.dlse + i_branch * s_dlr.to(tl.int64) + i_batch * s_dlb + i_wide * s_dlh
+        b_dlse = tl.load(p_dlse + (o_q + o_row).to(tl.int64) * s_dlt, mask=b_real, other=0.0)
         some = b_lse != float("-inf")
         b_delta = tl.where(some, weight * b_dot - b_dlse, 0.0)
         o_flat = (i_branch * query_heads + i_head).to(tl.int64) * all_rows + row + o_row
-        tl.store(p_delta + o_flat, b_delta, mask=inside)
-        tl.store(p_limit + o_flat, tl.where(some, b_lse * LOG2E, float("inf")), mask=inside)
-        p_sum = p_sums + ((i_tile * query_heads + i_head) * (2 if SPLIT else 1) + i_branch) * 3
+        tl.store(tensors.delta + o_flat, b_delta, mask=inside)
+        tl.store(tensors.norm + o_flat, tl.where(some, b_lse * LOG2E, float("inf")), mask=inside)
+        p_sum = tensors.sums + ((i_tile * query_heads.to(tl.int64) + i_head) * (2 if SPLIT else 1) + i_branch) * 3
         tl.store(p_sum, tl.sum(b_dot, 0))
-        if p_base is not None:
-            base, decay = tl.load(p_base + i_head), tl.load(p_decay + i_head)
-            b_count = tl.load(p_count + i_branch * all_rows + row + o_row, mask=b_real, other=0)
+        if extras.base is not None:
+            base, decay = tl.load(extras.base + i_head), tl.load(extras.decay + i_head)
+            p_count = extras.counts + all_rows.to(tl.int64) * i_branch + row
+            b_count = tl.load(p_count + o_row, mask=b_real, other=0)
             # d log P = -(P / Z) delta
             b_mass = tl.where(some, tl.exp(log_pseudo_mass(base, decay, b_count) - b_lse), 0.0)
             b_dlog = -b_mass * b_delta
@@ -77,168 +111,205 @@ def attention_row_sums(
             tl.store(p_sum + 2, tl.sum(b_dlog * b_slope, 0))
 
 
+class _Place(NamedTuple):
+    """Where a query tile and the keys of its sequence lie: what stays the same in all walks."""
+
+    p_k: Any
+    p_v: Any
+    p_mask: Any
+    begin: Any
+    end: Any
+    row: Any
+    rows: Any
+    o_q: Any
+    s_kt: Any
+    s_vt: Any
+    s_mq: Any
+    s_mk: Any
+    scale: Any
+
+
+@triton.jit
+def _visit(
+    b_dq, b_db, b_q, b_do, b_norm, b_delta, weight, at, column, o_key, b_position, b_low, b_high, o_row,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    MASKED: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq (without the scale) and row sums of ds over the keys from a column on."""
+    real = o_key >= 0
+    if MASKED:
+        real = b_position >= 0
+    b_k = load_key_tile(at.p_k, column, o_key, at.s_kt, real, D, BLOCK_D, MASKED)  # [KEYS, BLOCK_D]
+    b_v = load_key_tile(at.p_v, column, o_key, at.s_vt, real, E, BLOCK_E, MASKED)  # [KEYS, BLOCK_E]
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * at.scale - b_norm[:, None]  # [BLOCK_Q, KEYS]
+    if MASK > 0:
+        inside = (o_row < at.rows)[:, None] & real[None, :]
+        b_s += load_mask(
+            at.p_mask, at.o_q + o_row[:, None], column + o_key[None, :], at.s_mq, at.s_mk, inside, MASK == 1
+        )  # fmt: skip
+    if MASKED:
+        b_s = tl.where(visible(b_low[:, None], b_high[:, None], b_position[None, :]), b_s, float("-inf"))
+    b_p = tl.exp2(b_s)
+    b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+    if SPLIT:
+        b_dp *= weight
+    b_ds = b_p * (b_dp - b_delta[:, None])
+    if BIAS:
+        b_db += tl.sum(b_ds, 1)
+    b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+    return b_dq, b_db
+
+
 @triton.jit
 def _walk(
-    b_dq, b_db, b_q, b_do, b_limit, b_delta, weight, i_pass,
-    p_k, p_v, p_list, i_begin, i_end, p_limits, p_keys, p_mask,
-    begin, end, row, rows, o_q, all_rows, s_kt, s_vt, s_mq, s_mk, scale,
+    b_dq, b_db, b_q, b_do, b_norm, b_delta, weight, at, facts, walk, i_pass, i_walk, i_tile, tiles, width,
+    all_rows, all_keys,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PARTIAL: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PART: tl.constexpr, AFFINE: tl.constexpr,
     MASK: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq (without the scale) and row sums of ds over listed key tiles."""
-    o_k = tl.arange(0, BLOCK_K)
-    if PARTIAL or MASK > 0:
-        # Not passed in: through the loop over full tiles they would cost registers.
-        o_row = tl.arange(0, BLOCK_Q)
-        b_low, b_high = row_limits(p_limits, i_pass, all_rows, row + o_row, o_row < rows)
-    ahead = tl.load(p_list + i_begin)
-    for i in range(i_begin, i_end):
-        column = ahead
-        ahead = tl.load(p_list + i + 1)
-        p_k_tile, p_v_tile = p_k + column.to(tl.int64) * s_kt, p_v + column.to(tl.int64) * s_vt
-        if PARTIAL:
-            token = begin + column + o_k
-            b_position = tl.load(p_keys + token, mask=token < end, other=-1)
-            real = b_position >= 0
-        else:
-            real = o_k >= 0
-        b_k = load_rows(p_k_tile, o_k, s_kt, real, D, BLOCK_D, PARTIAL)  # [BLOCK_K, BLOCK_D]
-        b_v = load_rows(p_v_tile, o_k, s_vt, real, E, BLOCK_E, PARTIAL)  # [BLOCK_K, BLOCK_E]
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale - b_limit[:, None]  # [BLOCK_Q, BLOCK_K]
-        if MASK > 0:
-            inside = (o_row < rows)[:, None] & real[None, :]
-            b_s += load_mask(p_mask, o_q + o_row[:, None], column + o_k[None, :], s_mq, s_mk, inside, MASK == 1)
-        if PARTIAL:
-            seen = visible(b_low[:, None], b_high[:, None], b_position[None, :])
-            b_s = tl.where(seen, b_s, float("-inf"))
-        b_p = tl.exp2(b_s)
-        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
-        if SPLIT:
-            b_dp *= weight
-        b_ds = b_p * (b_dp - b_delta[:, None])
-        if BIAS:
-            b_db += tl.sum(b_ds, 1)
-        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+    """As in the forward: tiles that need no masks, then the others in parts."""
+    p_list = walk.key_lists + width.to(tl.int64) * i_pass
+    if MASK == 0:
+        p_run = walk.runs + (tiles.to(tl.int64) * i_walk + i_tile) * 8
+        first, last = tl.load(p_run), tl.load(p_run + 1)
+        o_key = tl.arange(0, BLOCK_K)
+        ahead = 0
+        if not AFFINE:
+            ahead = tl.load(p_list + first)
+        for i in range(first, last):
+            if AFFINE:
+                column = i * BLOCK_K
+            else:
+                column = ahead
+                ahead = tl.load(p_list + i + 1)
+            b_dq, b_db = _visit(
+                b_dq, b_db, b_q, b_do, b_norm, b_delta, weight, at, column, o_key, None, None, None, None,
+                D, E, BLOCK_D, BLOCK_E, False, 0, BIAS, SPLIT, PRECISION,
+            )  # fmt: skip
+    PARTS: tl.constexpr = BLOCK_K // PART
+    o_part, o_row = tl.arange(0, PART), tl.arange(0, BLOCK_Q)
+    b_low, b_high = row_limits(facts.limits, i_walk, all_rows, at.row + o_row, o_row < at.rows)
+    p_keys = facts.positions + all_keys.to(tl.int64) * i_pass + at.begin
+    runs = masked_runs(walk.runs, i_walk, tiles, i_tile, MASK > 0)
+    next_tile = tl.load(p_list + entry_of(runs, 0))
+    for i in range(0, runs.until_third * PARTS):
+        column = next_tile + i % PARTS * PART
+        next_tile = tl.load(p_list + entry_of(runs, (i + 1) // PARTS))
+        b_position = tl.load(p_keys + column + o_part, mask=column + o_part < at.end - at.begin, other=-1)
+        b_dq, b_db = _visit(
+            b_dq, b_db, b_q, b_do, b_norm, b_delta, weight, at, column, o_part, b_position, b_low, b_high, o_row,
+            D, E, BLOCK_D, BLOCK_E, True, MASK, BIAS, SPLIT, PRECISION,
+        )  # fmt: skip
     return b_dq, b_db
 
 
 @triton.jit
 def _pass(
-    b_dq, b_query, b_do, b_limit, b_delta, weight, i_pass, i_batch, i_head, i_tile, p_k, p_v,
-    p_dbias, p_bias, p_mask, p_limits, p_keys, p_row_modality, p_lists, p_counts, p_modalities,
-    begin, end, row, rows, o_q, all_rows, all_keys, tiles, width, modalities, query_heads, scale,
-    s_kt, s_vt, s_bn, s_bh, s_ba, s_bb, s_mq, s_mk,
+    b_dq, b_q, b_do, b_norm, b_delta, weight, at, extras, facts, walk, p_dbias, p_modalities,
+    i_pass, i_batch, i_head, i_tile, s_bb, s_bh, s_bq, s_bk, tiles, width, modalities, query_heads, all_rows, all_keys,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PART: tl.constexpr, INTERVALS: tl.constexpr, AFFINE: tl.constexpr,
+    SPLIT: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One pass: dq so far, and the pass's d bias."""
     b_db = tl.zeros([BLOCK_Q], tl.float32)
-    i_modality = tl.load(p_modalities + i_pass)
-    if p_bias is not None:
+    if extras.bias is not None:
         o_row = tl.arange(0, BLOCK_Q)
-        b_modality = tl.load(p_row_modality + row + o_row, mask=o_row < rows, other=-1)
-        p_row = p_bias + i_batch * s_bn + i_head * s_bh + tl.maximum(b_modality, 0) * s_ba + i_modality * s_bb
+        i_modality = tl.load(p_modalities + i_pass)
+        b_modality = tl.load(facts.row_modality + at.row + o_row, mask=o_row < at.rows, other=-1)
+        p_row = extras.bias + i_batch * s_bb + i_head * s_bh + tl.maximum(b_modality, 0) * s_bq + i_modality * s_bk
         b_shift = tl.load(p_row).to(tl.float32) * LOG2E
-        b_limit -= tl.where(b_shift < LOWEST, LOWEST, b_shift)
-    i_list = (i_pass * tiles + i_tile).to(tl.int64)
-    p_list = p_lists + i_list * width
-    full, every = tl.load(p_counts + i_list * 2), tl.load(p_counts + i_list * 2 + 1)
-    p_keys += i_pass * all_keys
-    b_dq, b_db = _walk(
-        b_dq, b_db, b_query, b_do, b_limit, b_delta, weight, i_pass, p_k, p_v, p_list, 0, full, p_limits, p_keys,
-        p_mask, begin, end, row, rows, o_q, all_rows, s_kt, s_vt, s_mq, s_mk, scale,
-        D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, False, MASK, p_bias is not None, SPLIT, PRECISION,
-    )  # fmt: skip
-    b_dq, b_db = _walk(
-        b_dq, b_db, b_query, b_do, b_limit, b_delta, weight, i_pass, p_k, p_v, p_list, full, every, p_limits, p_keys,
-        p_mask, begin, end, row, rows, o_q, all_rows, s_kt, s_vt, s_mq, s_mk, scale,
-        D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, True, MASK, p_bias is not None, SPLIT, PRECISION,
-    )  # fmt: skip
-    if p_bias is not None:
+        b_norm -= tl.where(b_shift < LOWEST, LOWEST, b_shift)
+    for i_interval in tl.static_range(INTERVALS):
+        b_dq, b_db = _walk(
+            b_dq, b_db, b_q, b_do, b_norm, b_delta, weight, at, facts, walk, i_pass, i_pass * INTERVALS + i_interval,
+            i_tile, tiles, width, all_rows, all_keys,
+            D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, PART, AFFINE, MASK, extras.bias is not None, SPLIT, PRECISION,
+        )  # fmt: skip
+    if extras.bias is not None:
         o_row = tl.arange(0, BLOCK_Q)
-        b_modality = tl.load(p_row_modality + row + o_row, mask=o_row < rows, other=-1)
-        p_dbias_row = p_dbias + ((i_pass * tiles + i_tile) * query_heads + i_head) * modalities
+        b_modality = tl.load(facts.row_modality + at.row + o_row, mask=o_row < at.rows, other=-1)
+        p_dbias_row = p_dbias + ((tiles.to(tl.int64) * i_pass + i_tile) * query_heads + i_head) * modalities
         for i_row_modality in range(0, modalities):
             tl.store(p_dbias_row + i_row_modality, tl.sum(tl.where(b_modality == i_row_modality, b_db, 0.0), 0))
     return b_dq
 
 
-@triton.jit(do_not_specialize=["query_heads", "query_length", "key_length", "tiles", "width", "first_passes", "passes",
-                               "all_rows", "all_keys"])  # fmt: skip
+@triton.jit(do_not_specialize=[
+    "s_qb", "s_qh", "s_qt", "s_kb", "s_kh", "s_kt", "s_vb", "s_vh", "s_vt", "s_dob", "s_doh", "s_dot",
+    "s_dqb", "s_dqh", "s_dqt", "s_bb", "s_bh", "s_bq", "s_bk", "s_mb", "s_mh", "s_mq", "s_mk",
+    "query_heads", "modalities", "query_length", "key_length", "tiles", "width", "first_passes", "passes", "all_rows",
+    "all_keys",
+])  # fmt: skip
 def attention_backward_query(
-    p_q, p_k, p_v, p_dout, p_dq, p_dbias, p_delta, p_limit,
-    p_bias, p_weights, p_mask,
-    p_limits, p_keys, p_row_modality, p_cu_k, p_tiles, p_order, p_lists, p_counts, p_modalities,
-    s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_db, s_dh, s_dt, s_gb, s_gh, s_gt,
-    s_bn, s_bh, s_ba, s_bb, s_mb, s_mh, s_mq, s_mk,
-    query_heads, group, query_length, key_length, tiles, width, first_passes, passes, modalities, all_rows,
-    all_keys, scale,
-    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
-    FIRST_PASSES: tl.constexpr, PASSES: tl.constexpr,
+    tensors, extras, facts, walk, p_modalities,
+    s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_dob, s_doh, s_dot, s_dqb, s_dqh, s_dqt,
+    s_bb, s_bh, s_bq, s_bk, s_mb, s_mh, s_mq, s_mk,
+    query_heads, modalities, query_length, key_length, tiles, width, first_passes, passes, all_rows, all_keys, scale,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, UNIT: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PART: tl.constexpr,
+    FIRST_PASSES: tl.constexpr, PASSES: tl.constexpr, INTERVALS: tl.constexpr, AFFINE: tl.constexpr,
+    SPLIT: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq, and d bias summed over each tile by query modality.
-
-    Grid: as `attention_forward`. p_dbias: [passes, tiles, heads, modalities].
-    """
-    i_tile = tl.load(p_order + tl.program_id(0) // query_heads)
+    """dq, and d bias summed over each tile by query modality. Grid: as `attention_forward`."""
+    i_tile = tl.load(walk.order + tl.program_id(0) // query_heads)
     i_head = tl.program_id(0) % query_heads
-    i_group = i_head // group
-    i_sequence = tl.load(p_tiles + i_tile * 3)
-    row = tl.load(p_tiles + i_tile * 3 + 1)
-    rows = tl.load(p_tiles + i_tile * 3 + 2)
+    i_group = i_head // GROUP
+    i_sequence = tl.load(walk.tiles + i_tile * 3)
+    row = tl.load(walk.tiles + i_tile * 3 + 1)
+    rows = tl.load(walk.tiles + i_tile * 3 + 2)
     if rows == 0:
         return
-    begin, end = tl.load(p_cu_k + i_sequence), tl.load(p_cu_k + i_sequence + 1)
-    i_batch = i_sequence.to(tl.int64)
-    o_q, o_k = row - i_sequence * query_length, begin - i_sequence * key_length
-    p_q += i_batch * s_qb + i_head.to(tl.int64) * s_qh + o_q.to(tl.int64) * s_qt
-    p_k += i_batch * s_kb + i_group.to(tl.int64) * s_kh + o_k.to(tl.int64) * s_kt
-    p_v += i_batch * s_vb + i_group.to(tl.int64) * s_vh + o_k.to(tl.int64) * s_vt
-    p_dout += i_batch * s_db + i_head.to(tl.int64) * s_dh + o_q.to(tl.int64) * s_dt
+    begin, end = tl.load(facts.cu_k + i_sequence), tl.load(facts.cu_k + i_sequence + 1)
+    i_batch, i_wide = i_sequence.to(tl.int64), i_head.to(tl.int64)
+    o_q = row - i_sequence * query_length
+    o_k = (begin - i_sequence * key_length).to(tl.int64)
+    p_q = tensors.q + (i_batch * s_qb + i_wide * s_qh + o_q.to(tl.int64) * s_qt) * UNIT
+    p_dout = tensors.dout + (i_batch * s_dob + i_wide * s_doh + o_q.to(tl.int64) * s_dot) * UNIT
+    p_k = tensors.k + (i_batch * s_kb + i_group.to(tl.int64) * s_kh + o_k * s_kt) * UNIT
+    p_v = tensors.v + (i_batch * s_vb + i_group.to(tl.int64) * s_vh + o_k * s_vt) * UNIT
+    p_mask = extras.mask
     if MASK > 0:
-        p_mask += i_batch * s_mb + i_head.to(tl.int64) * s_mh
+        p_mask = extras.mask + i_batch * s_mb + i_wide * s_mh
+    at = _Place(p_k, p_v, p_mask, begin, end, row, rows, o_q, s_kt * UNIT, s_vt * UNIT, s_mq, s_mk, scale)
 
     o_row = tl.arange(0, BLOCK_Q)
-    b_real = tl.load(p_row_modality + row + o_row, mask=o_row < rows, other=-1) >= 0
-    b_query = load_rows(p_q, o_row, s_qt, b_real, D, BLOCK_D, True)  # [BLOCK_Q, BLOCK_D]
-    b_do = load_rows(p_dout, o_row, s_dt, b_real, E, BLOCK_E, True)  # [BLOCK_Q, BLOCK_E]
+    b_real = tl.load(facts.row_modality + row + o_row, mask=o_row < rows, other=-1) >= 0
+    b_q = load_rows(p_q, o_row, s_qt * UNIT, b_real, D, BLOCK_D, True)  # [BLOCK_Q, BLOCK_D]
+    b_do = load_rows(p_dout, o_row, s_dot * UNIT, b_real, E, BLOCK_E, True)  # [BLOCK_Q, BLOCK_E]
     b_dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     weight = 1.0
 
     for i_branch in tl.static_range(2 if SPLIT else 1):
         o_flat = (i_branch * query_heads + i_head).to(tl.int64) * all_rows + row + o_row
-        b_limit = tl.load(p_limit + o_flat, mask=b_real, other=float("inf"))
-        b_delta = tl.load(p_delta + o_flat, mask=b_real, other=0.0)
+        b_norm = tl.load(tensors.norm + o_flat, mask=b_real, other=float("inf"))
+        b_delta = tl.load(tensors.delta + o_flat, mask=b_real, other=0.0)
         if SPLIT:
-            weight = tl.load(p_weights + i_branch * query_heads + i_head)
+            weight = tl.load(extras.weights + i_branch * query_heads + i_head)
         if PASSES > 0:
             for i_pass in tl.static_range(
                 FIRST_PASSES if i_branch == 1 else 0, FIRST_PASSES if SPLIT and i_branch == 0 else PASSES
             ):  # fmt: skip
                 b_dq = _pass(
-                    b_dq, b_query, b_do, b_limit, b_delta, weight, i_pass, i_batch, i_head, i_tile, p_k, p_v,
-                    p_dbias, p_bias, p_mask, p_limits, p_keys, p_row_modality, p_lists, p_counts,
-                    p_modalities, begin, end, row, rows, o_q, all_rows, all_keys, tiles, width, modalities,
-                    query_heads, scale,
-                    s_kt, s_vt, s_bn, s_bh, s_ba, s_bb, s_mq, s_mk,
-                    D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, SPLIT, MASK, PRECISION,
+                    b_dq, b_q, b_do, b_norm, b_delta, weight, at, extras, facts, walk, tensors.dbias, p_modalities,
+                    i_pass, i_batch, i_head, i_tile, s_bb, s_bh, s_bq, s_bk, tiles, width, modalities, query_heads,
+                    all_rows, all_keys,
+                    D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, PART, INTERVALS, AFFINE, SPLIT, MASK, PRECISION,
                 )  # fmt: skip
         else:
             pass_from = first_passes if i_branch == 1 else 0
             pass_to = first_passes if SPLIT and i_branch == 0 else passes
             for i_pass in range(pass_from, pass_to):
                 b_dq = _pass(
-                    b_dq, b_query, b_do, b_limit, b_delta, weight, i_pass, i_batch, i_head, i_tile, p_k, p_v,
-                    p_dbias, p_bias, p_mask, p_limits, p_keys, p_row_modality, p_lists, p_counts,
-                    p_modalities, begin, end, row, rows, o_q, all_rows, all_keys, tiles, width, modalities,
-                    query_heads, scale,
-                    s_kt, s_vt, s_bn, s_bh, s_ba, s_bb, s_mq, s_mk,
-                    D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, SPLIT, MASK, PRECISION,
+                    b_dq, b_q, b_do, b_norm, b_delta, weight, at, extras, facts, walk, tensors.dbias, p_modalities,
+                    i_pass, i_batch, i_head, i_tile, s_bb, s_bh, s_bq, s_bk, tiles, width, modalities, query_heads,
+                    all_rows, all_keys,
+                    D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, PART, INTERVALS, AFFINE, SPLIT, MASK, PRECISION,
                 )  # fmt: skip
 
     # Addresses are made again here: kept through the loops they would cost registers.
-    p_dq += i_batch * s_gb + i_head.to(tl.int64) * s_gh + o_q.to(tl.int64) * s_gt
+    o_row = tl.arange(0, BLOCK_Q)
+    p_dq = tensors.dq + (i_batch * s_dqb + i_wide * s_dqh + o_q.to(tl.int64) * s_dqt) * UNIT
     # Scores are scaled for exp2; their gradient is not.
-    store_rows(p_dq, o_row, s_gt, b_dq * (scale * LN2), o_row < rows, D, BLOCK_D)
+    store_rows(p_dq, o_row, s_dqt * UNIT, b_dq * (scale * LN2), o_row < rows, D, BLOCK_D)

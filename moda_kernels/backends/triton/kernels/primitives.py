@@ -1,12 +1,20 @@
 """What the attention kernels share: where a tile lies, who sees whom, loads that padding cannot poison, log P.
 
 Conventions of all kernels: `b_` values of a tile, `p_` pointers, `o_` offsets, `i_` indices, `s_` strides; a comment
-gives each tile's shape. Scores are kept in log2 (`exp2` is the instruction a GPU has). A *pass* visits the keys of some
-modalities that each query modality sees by one rule; what a row sees in it is then one interval of positions
-(`intervals.py`).
+gives each tile's shape. A stride's letters are its tensor (q, k, v, o: out, l: lse, b: bias, m: attn_mask; a d before
+them: its gradient) and its axis (b: batch, h: head, t: token, r: branch; of tables q: the query's side, k: the key's).
+Strides of q, k, v, out and their gradients come in units of UNIT elements: 16 where all of them are multiples of it,
+which lets rows be loaded 16 bytes at a time, whatever the lengths that they are made of. Scores are kept in log2
+(`exp2` is the instruction a GPU has).
+
+Kernels know no rule. A *pass* visits some of a sequence's keys; a query row sees those at positions in up to two
+intervals (low, high], and a key that is not in the pass has position -1, which lies in none. A *walk* is a pass and one
+of its intervals; `tokens/tiles.py` says which tiles belong to it, and which of them need no masks.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -15,6 +23,33 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 #: Stands for a bias of -inf, whose differences would be NaN; anything below is as good as hidden.
 LOWEST = tl.constexpr(-1.0e30)
+#: Larger than any position.
+FAR = tl.constexpr(2147483647)
+
+
+class Extras(NamedTuple):
+    """What a call may have beside queries, keys and values: pointers or None."""
+
+    bias: Any = None  # [N or 1, Hq or 1, M, M]
+    mask: Any = None  # attn_mask, uint8 where it is bool
+    weights: Any = None  # float32 [2, Hq]: split attention
+    base: Any = None  # float32 [Hq], with decay and counts: pseudo scores
+    decay: Any = None
+    counts: Any = None  # int32 [branches, rows], -1: endless
+    fault: Any = None  # int32 [1], not 0: everything becomes NaN
+    matrix: Any = None  # [N, M, Hkv, D, D]: a key map to fold into the query
+    matrix_rest: Any = None  # what rounding the matrix left over
+
+
+class Runs(NamedTuple):
+    """Three runs of a list: entry n is n + the number of the run it falls in; `until`: entries up to a run's end."""
+
+    first: Any
+    second: Any
+    third: Any
+    until_first: Any
+    until_second: Any
+    until_third: Any
 
 
 @triton.jit
@@ -73,10 +108,40 @@ def turned_rows(
 
 
 @triton.jit
-def row_limits(p_limits, i_pass, all_rows, o_row, inside):
-    """Positions (low, high] that each query row sees in a pass; nothing for rows that are not inside."""
-    p = p_limits + i_pass * 2 * all_rows + o_row
+def load_key_tile(
+    p_base, column, o_key, s_token, b_real, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    """Keys (or values) from a column of the sequence on, [keys, BLOCK_DIM]; p_base: the sequence's first."""
+    return load_rows(p_base + column.to(tl.int64) * s_token, o_key, s_token, b_real, DIM, BLOCK_DIM, MASKED)
+
+
+@triton.jit
+def row_limits(p_limits, i_walk, all_rows, o_row, inside):
+    """Positions (low, high] that each query row sees in a walk; nothing for rows that are not inside."""
+    p = p_limits + all_rows.to(tl.int64) * (2 * i_walk) + o_row
     return tl.load(p, mask=inside, other=-2), tl.load(p + all_rows, mask=inside, other=-2)
+
+
+@triton.jit
+def masked_runs(p_runs, i_walk, tiles, i_tile, ALL: tl.constexpr):
+    """The runs of key tiles that a query tile compares positions with, one after the other: entry n of them is
+    `entry_of`. ALL: those that need no comparison too (they lie between the first run and the last)."""
+    p = p_runs + (tiles.to(tl.int64) * i_walk + i_tile) * 8
+    first = tl.load(p + 2)
+    if ALL:
+        until = tl.load(p + 7) - first
+        return Runs(first, first, first, until, until, until)
+    second, third = tl.load(p + 4), tl.load(p + 6)
+    until_first = tl.load(p + 3) - first
+    until_second = until_first + tl.load(p + 5) - second
+    until_third = until_second + tl.load(p + 7) - third
+    return Runs(first, second - until_first, third - until_second, until_first, until_second, until_third)
+
+
+@triton.jit
+def entry_of(runs, n):
+    """Where entry n of three runs stands in the list; beyond the last: behind it."""
+    return n + tl.where(n < runs.until_first, runs.first, tl.where(n < runs.until_second, runs.second, runs.third))
 
 
 @triton.jit
