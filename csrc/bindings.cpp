@@ -230,15 +230,15 @@ void key_walk(int device, Address stream, Address workspace, int passes, int int
 }
 
 // A plan's arguments, as Python passes them: tokens, queries and sequences; passes, first_pass, last_pass and intervals;
-// addresses of limits, positions, cu_seqlens and cu_seqlens_q; unite; the costs.
-using PlanArguments = std::tuple<std::array<int, 3>, std::array<int, 4>, std::array<Address, 4>, bool,
+// addresses of limits, positions, cu_seqlens and cu_seqlens_q; the costs.
+using PlanArguments = std::tuple<std::array<int, 3>, std::array<int, 4>, std::array<Address, 4>,
                                  std::array<int64_t, 8>>;
 
 moda::PlanAttention plan_arguments(const PlanArguments& arguments) {
-  const auto& [sizes, passes, addresses, unite, c] = arguments;
+  const auto& [sizes, passes, addresses, c] = arguments;
   return {sizes[0],         sizes[1],         sizes[2],         passes[0],
           passes[1],        passes[2],        passes[3],        at(addresses[0]),
-          at(addresses[1]), at(addresses[2]), at(addresses[3]), unite,
+          at(addresses[1]), at(addresses[2]), at(addresses[3]),
           {c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7]}};
 }
 

@@ -434,7 +434,7 @@ Plan plan_attention(const PlanAttention& a) {
   Plan plan;
   size_t first = 0;
   for (int s = 0; s < a.sequences; ++s) {
-    if (a.unite && s > 0 && as_before(a, s)) {
+    if (s > 0 && as_before(a, s)) {
       for (size_t c = first; c < plan.calls.size(); ++c) plan.calls[c].last_sequence = s + 1;
       continue;
     }

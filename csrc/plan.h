@@ -21,7 +21,7 @@ enum class CallKind : int32_t { kFull = 0, kCausal = 1, kMasked = 2 };
 
 // One kernel call, as it is handed out: rows and keys count from the sequence's first query row and key.
 struct PlannedCall {
-  int32_t first_sequence, last_sequence;  // the sequences that it serves, last excluded
+  int32_t first_sequence, last_sequence;  // the sequences that it serves, which are equal; last excluded
   int32_t begins;                         // 1: other rows than the call before it
   int32_t kind;
   int32_t rows, row_start, row_offset;  // how many; the first one of a run, or -1 and where `indices` has them
@@ -36,7 +36,6 @@ struct PlanAttention {
   const int32_t* positions;                      // [passes, tokens]
   const int32_t* cu_seqlens;                     // [sequences + 1]
   const int32_t* cu_seqlens_q;                   // [sequences + 1]
-  bool unite;                                    // equal neighbours are served by the same calls
   PlanCosts costs;
 };
 

@@ -147,8 +147,8 @@ def key_walk(
 
 CALL_FIELDS: int
 
-# tokens, queries, sequences; passes, first, last, intervals; addresses; unite; costs
-_Plan = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], bool, tuple[int, ...]]
+# tokens, queries, sequences; passes, first, last, intervals; addresses; costs
+_Plan = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 def plan_attention(arguments: _Plan) -> tuple[bytearray, bytearray]: ...
 def plan_masks(arguments: _Plan, calls: int, plan: int, indices: int, masks: int, hidden: int) -> None: ...

@@ -200,6 +200,41 @@ def test_short_segments_share_calls() -> None:
     assert len(blocks) <= 2 * 4096 / 256  # 256 segments
 
 
+@pytest.mark.parametrize("fewer", [False, True])
+def test_equal_documents_share_calls(fewer: bool) -> None:
+    """Documents of one kind side by side are a batch; others among them are not."""
+    a, b = [0] * 5 + [1] * 9 + [0] * 3, [1, 0, 0]
+    documents = [a, a, a, b, b, [], a]
+    bounds = torch.tensor([0, *map(len, documents)]).cumsum(0).int()
+    ids = torch.tensor([m for document in documents for m in document])
+    layout = mk.segment_modalities(ids, num_modalities=2, cu_seqlens=bounds)
+    mask = mk.ModularMask.bidirectional_within(2, [1])
+    options = {}
+    rows = len(ids)
+    if fewer:
+        options["cu_seqlens_q"] = torch.tensor([0, *(min(len(d), 2) for d in documents)]).cumsum(0).int()
+        rows = int(options["cu_seqlens_q"][-1])
+    else:
+        calls = len(planned(layout, mask))
+        alone = [mk.segment_modalities(torch.tensor([d]), num_modalities=2) for d in (a, b, a)]
+        assert calls == sum(len(planned(one, mask)) for one in alone)
+    tensors = [torch.randn(n, h, 8, dtype=torch.float64, requires_grad=True) for n, h in ((rows, 4), (len(ids), 2))]
+    q, k, v = *tensors, torch.randn(len(ids), 2, 8, dtype=torch.float64, requires_grad=True)
+    base = torch.rand(4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(rows, 4, 8, dtype=torch.float64)
+    for pseudo in (None, mk.PseudoAttention(base)):
+        results = []
+        for backend in ("reference", "cpu"):
+            out, lse = mk.moda_attention(
+                q, k, v, layout=layout, mask=mask, enable_gqa=True, pseudo=pseudo, return_lse=True, backend=backend,
+                **options,
+            )  # fmt: skip
+            leaves = [q, k, v] if pseudo is None else [q, k, v, base]
+            results.append([out, lse, *torch.autograd.grad((out * weight).sum() + lse.sin().sum(), leaves)])
+        for expected, got in zip(*results, strict=True):
+            torch.testing.assert_close(got, expected)
+
+
 class LargestTensor(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()

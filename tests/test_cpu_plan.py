@@ -21,14 +21,14 @@ def random_intervals(rng: random.Random) -> tuple[Intervals, Tensor, Tensor, boo
     count = rng.randint(0, 3)
     lengths = [rng.randint(0, most) for _ in range(count)]
     rows = [rng.choice([n, n, rng.randint(0, n)]) for n in lengths]
-    if not packed:
+    if not packed or rng.random() < 0.3:
         lengths, rows = lengths[:1] * count, rows[:1] * count
     limits = torch.empty(passes, slots, 2, sum(rows), dtype=torch.int32)
     positions = torch.full((passes, sum(lengths)), -1, dtype=torch.int32)
     run, width = rng.choice([1, 3, 40, 200]), rng.choice([1, 5, 64])
     base = rng.randint(0, 10**6)
     for n, (length, number) in enumerate(zip(lengths, rows, strict=True)):
-        if not packed and rng.random() < 0.7:
+        if rng.random() < 0.7:
             rng.seed(base)  # as the sequence before
         begin, first = sum(lengths[:n]), sum(rows[:n])
         owner, position = -1, 0
@@ -89,22 +89,14 @@ def written_out(intervals: Intervals, passes: tuple[int, int], of_keys: Tensor, 
 
 def covered(jobs: list[Job], of_keys: Tensor, of_rows: Tensor, packed: bool) -> list[Tensor]:
     """How often the calls of a plan cover each score, as `written_out`."""
-    k, r = of_keys.tolist(), of_rows.tolist()
-    counts = [
-        torch.zeros(b - a, d - c, dtype=torch.int32)
-        for (a, b), (c, d) in zip(itertools.pairwise(r), itertools.pairwise(k), strict=True)
-    ]
+    bounds = list(zip(itertools.pairwise(of_rows.tolist()), itertools.pairwise(of_keys.tolist()), strict=True))
+    batch = 1 if packed else len(bounds)
+    rows, keys = (int(x[-1]) // max(batch, 1) for x in (of_rows, of_keys))
+    counts = torch.zeros(batch, rows, keys, dtype=torch.int32)
     for job in jobs:
-        numbers = range(job.batch.start, job.batch.stop)
-        if packed:
-            assert numbers == range(1)
-            numbers = [
-                n
-                for n in range(len(counts))
-                if counts[n].numel() and (r[n], k[n]) == (job.queries.start, job.keys.start)
-            ]
-            assert len(numbers) == 1 and (job.queries.stop, job.keys.stop) == (r[numbers[0] + 1], k[numbers[0] + 1])
-        for region, number in itertools.product(job.regions, numbers):
+        queries, columns = torch.arange(rows)[job.queries], torch.arange(keys)[job.keys]
+        queries, columns = queries.view(job.documents, -1), columns.view(job.documents, -1)
+        for region, document in itertools.product(job.regions, range(job.documents)):
             for block in region.blocks:
                 shape = size_of(block.rows), size_of(block.keys)
                 shown = torch.ones(shape, dtype=torch.int32)
@@ -112,11 +104,15 @@ def covered(jobs: list[Job], of_keys: Tensor, of_rows: Tensor, packed: bool) -> 
                 hidden = torch.zeros(shape[0], dtype=torch.bool) if block.hidden is None else block.hidden
                 assert torch.equal(hidden, shown.sum(1) == 0)
                 assert not block.causal or shape[0] == shape[1]
-                rows, keys = (
-                    torch.arange(s.start, s.stop) if isinstance(s, slice) else s for s in (block.rows, block.keys)
-                )
-                counts[number][rows[:, None], keys[None, :]] += shown
-    return counts
+                r, k = queries[document][block.rows], columns[document][block.keys]
+                counts[job.batch, r[:, None], k[None, :]] += shown
+    if not packed:
+        return list(counts)
+    inside = torch.zeros(rows, keys, dtype=torch.bool)
+    for (r0, r1), (k0, k1) in bounds:
+        inside[r0:r1, k0:k1] = True
+    assert not bool(counts[0][~inside].any())
+    return [counts[0, r0:r1, k0:k1] for (r0, r1), (k0, k1) in bounds]
 
 
 #: Small ones too, so that few rows make many regions.
@@ -143,11 +139,11 @@ def test_plans_cover_each_visible_score_once(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(150))
 def test_native_plans_are_those_of_the_twin(seed: int) -> None:
     rng = random.Random(1000 + seed)
-    intervals, of_keys, of_rows, packed = random_intervals(rng)
+    intervals, of_keys, of_rows, _ = random_intervals(rng)
     where = (*intervals, of_keys, of_rows, (0, len(intervals.positions)))
     costs = rng.choice(_COSTS)
-    calls, indices = native.plan_attention(*where, not packed, costs)
-    expected = twin.plan_attention(*where, not packed, costs)
+    calls, indices = native.plan_attention(*where, costs)
+    expected = twin.plan_attention(*where, costs)
     assert torch.equal(calls, expected[0]) and torch.equal(indices, expected[1])
     masked = [call for call in calls.tolist() if call[3] == twin.MASKED]
     sizes = sum(call[4] * call[7] for call in masked), sum(call[4] for call in masked)
@@ -166,5 +162,5 @@ def test_positions_that_do_not_rise_are_refused(planner: object) -> None:
     for positions in ([0, 0, 1], [2, 1, 0], [0, 1, 3]):
         with pytest.raises(ValueError, match="positions: expected them to rise"):
             planner.plan_attention(  # type: ignore[attr-defined]
-                limits, torch.tensor([positions]).int(), bounds, bounds, (0, 1), False, COSTS
+                limits, torch.tensor([positions]).int(), bounds, bounds, (0, 1), COSTS
             )

@@ -384,12 +384,11 @@ def plan_attention(
     cu_seqlens: Tensor,
     cu_seqlens_q: Tensor,
     passes: tuple[int, int],
-    unite: bool,
     costs: tuple[int, ...],
 ) -> tuple[Tensor, Tensor]:
     """See `backends.cpu.twin.plan_attention`, its twin."""
     extension = _loaded()
-    arguments, _kept = _plan_arguments(limits, positions, cu_seqlens, cu_seqlens_q, passes, unite, costs)
+    arguments, _kept = _plan_arguments(limits, positions, cu_seqlens, cu_seqlens_q, passes, costs)
     calls, indices = extension.plan_attention(arguments)
     # An empty buffer is no buffer.
     made = [
@@ -411,7 +410,7 @@ def plan_masks(
 ) -> tuple[Tensor, Tensor]:
     """See `backends.cpu.twin.plan_masks`, its twin."""
     extension = _loaded()
-    arguments, _kept = _plan_arguments(limits, positions, cu_seqlens, cu_seqlens_q, passes, False, (0,) * 8)
+    arguments, _kept = _plan_arguments(limits, positions, cu_seqlens, cu_seqlens_q, passes, (0,) * 8)
     masks, hidden = (torch.empty(n, dtype=torch.bool, device="cpu") for n in sizes)
     calls = _checked("calls", calls, calls.device, (calls.shape[0], extension.CALL_FIELDS))
     indices = _checked("indices", indices, calls.device, tuple(indices.shape))
@@ -426,7 +425,6 @@ def _plan_arguments(
     cu_seqlens: Tensor,
     cu_seqlens_q: Tensor,
     passes: tuple[int, int],
-    unite: bool,
     costs: tuple[int, ...],
 ) -> tuple[tuple[object, ...], list[Tensor]]:
     """What the extension takes, and the tensors to keep until it has been called."""
@@ -443,7 +441,7 @@ def _plan_arguments(
         raise checks.wrong_value("passes", f"a range within the {number} passes", passes)
     sizes = (tokens, rows, sequences)
     addresses = tuple(t.data_ptr() for t in kept)
-    return (sizes, (number, *passes, intervals), addresses, unite, costs), kept
+    return (sizes, (number, *passes, intervals), addresses, costs), kept
 
 
 def _loaded() -> types.ModuleType:

@@ -11,7 +11,6 @@ Everything is found from `Intervals` alone, natively (`csrc/plan.cpp`) or by the
 no rule is known here. Spans are in query rows and key columns of one sequence, on the host.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -28,12 +27,11 @@ COSTS = Costs(call=8_000, row=48, key=24, masked=115, causal_block=64, atom=64, 
 #: Of 16-bit numbers: they are made 32-bit ones and back for each sum.
 NARROW_COSTS = COSTS._replace(row=96, key=48)
 
-#: Rows or key columns of one sequence: a run of them, or any ascending ones (int64).
+#: Rows or key columns of a job: a run of them, or any ascending ones (int64).
 Span = slice | Tensor
 
 
-@dataclass(frozen=True, eq=False)
-class Block:
+class Block(NamedTuple):
     """One kernel call: rows against keys, all of them visible, or causally, or by a bool mask ``[rows, keys]``."""
 
     rows: Span
@@ -44,8 +42,7 @@ class Block:
     hidden: Tensor | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class Region:
+class Region(NamedTuple):
     """The calls that make up the attention of some query rows; their results are merged by their lse."""
 
     rows: Span
@@ -59,6 +56,8 @@ class Job(NamedTuple):
     queries: slice
     keys: slice
     regions: list[Region]
+    #: So many packed documents of one length, side by side, make a batch of their own.
+    documents: int = 1
 
 
 def make_jobs(
@@ -69,7 +68,8 @@ def make_jobs(
     packed: bool,
     costs: Costs = COSTS,
 ) -> list[Job]:
-    """The rectangles of a CPU layout: one job per packed document, or per run of equal rows of a batch.
+    """The rectangles of a CPU layout: one job per run of equal rows of a batch or of equal packed
+    documents; packed documents that have no equal beside them share one.
 
     Args:
         intervals: who sees whom, on the CPU.
@@ -80,7 +80,7 @@ def make_jobs(
     planner = native if native.runs_on(torch.device("cpu")) else twin
     cu_seqlens, cu_seqlens_q = _plain(cu_seqlens), _plain(cu_seqlens_q)
     where = (*map(_plain, intervals), cu_seqlens, cu_seqlens_q, passes)
-    calls, indices = planner.plan_attention(*where, not packed, costs)
+    calls, indices = planner.plan_attention(*where, costs)
     rows = calls.tolist()
     masked = [call for call in rows if call[3] == MASKED]
     sizes = sum(call[4] * call[7] for call in masked), sum(call[4] for call in masked)
@@ -93,23 +93,32 @@ def make_jobs(
     jobs: list[Job] = []
     bounds, query_bounds = (cu_seqlens.tolist(), cu_seqlens_q.tolist()) if packed else ([], [])
     at = row_at = 0  # in masks and hidden
+    row = key = 0  # where spans begin
+    before = -1
     regions: list[Region] = []
-    for c, (first, last, begins, kind, count, row_start, row_offset, keys, key_start, key_offset) in enumerate(rows):
-        if c == 0 or first != rows[c - 1][0]:
-            regions = []
-            if packed:
-                place = slice(0, 1), slice(*query_bounds[first : last + 1]), slice(*bounds[first : last + 1])
+    for first, last, begins, kind, count, row_start, row_offset, keys, key_start, key_offset in rows:
+        if first != before:
+            before = first
+            if not packed:
+                regions = []
+                jobs.append(Job(slice(first, last), slice(None), slice(None), regions))
+            elif last - first > 1:
+                row, key, regions = 0, 0, []
+                of_rows, of_keys = (slice(b[first], b[last]) for b in (query_bounds, bounds))
+                jobs.append(Job(slice(0, 1), of_rows, of_keys, regions, last - first))
             else:
-                place = slice(first, last), slice(None), slice(None)
-            jobs.append(Job(*place, regions))
-        span = _span(count, row_start, row_offset, indices)
+                row, key = query_bounds[first], bounds[first]
+                if not jobs or jobs[-1].documents > 1:
+                    jobs.append(Job(slice(0, 1), slice(None), slice(None), []))
+                regions = jobs[-1].regions
         mask = hides = None
         if kind == MASKED:
             mask = masks[at : at + count * keys].view(count, keys)
             hides = hidden[row_at : row_at + count] if some_hidden else None
             hides = hides if hides is not None and bool(hides.any()) else None
             at, row_at = at + count * keys, row_at + count
-        block = Block(span, _span(keys, key_start, key_offset, indices), kind == CAUSAL, mask, hides)
+        span = _span(row, count, row_start, row_offset, indices)
+        block = Block(span, _span(key, keys, key_start, key_offset, indices), kind == CAUSAL, mask, hides)
         if begins:
             regions.append(Region(span, (block,)))
         else:
@@ -125,8 +134,11 @@ def _plain(x: Tensor) -> Tensor:
     return x
 
 
-def _span(count: int, start: int, offset: int, indices: Tensor) -> Span:
-    return slice(start, start + count) if start >= 0 else indices[offset : offset + count]
+def _span(begin: int, count: int, start: int, offset: int, indices: Tensor) -> Span:
+    if start >= 0:
+        return slice(begin + start, begin + start + count)
+    chosen = indices[offset : offset + count]
+    return chosen + begin if begin else chosen
 
 
 def size_of(span: Span) -> int:

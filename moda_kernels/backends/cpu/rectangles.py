@@ -58,7 +58,7 @@ class RectangleAttention(torch.autograd.Function):
             (block,) = jobs[0].regions[0].blocks
             k, v = key, value
             if not _takes_all_keys(jobs, key):
-                k, v = (_take(_part(t, slice(None), jobs[0].keys), block.keys) for t in (key, value))
+                k, v = (_take(t, block.keys) for t in (key, value))
             mask, _ = _additive(block, None, query.dtype)
             whole, sums = _forward(query, k, v, 0.0, block.causal, attn_mask=mask, scale=scale)
             return whole, sums.contiguous()
@@ -67,8 +67,8 @@ class RectangleAttention(torch.autograd.Function):
             torch.full(query.shape[:3], -math.inf, dtype=wide, device=query.device) if extra is None else extra.clone()
         )
         for job in jobs:
-            q, o, s = (_part(t, job.batch, job.queries) for t in (query, out, lse))
-            k, v = (_part(t, job.batch, job.keys) for t in (key, value))
+            q, o, s = (_rows(t, job) for t in (query, out, lse))
+            k, v = (_keys(t, job) for t in (key, value))
             given = _job_mask(attn_mask, job)
             for region in job.regions:
                 q_rows = _take(q, region.rows)
@@ -165,8 +165,8 @@ class _RectangleGradient(torch.autograd.Function):
         dquery = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
         dkey, dvalue = (torch.zeros(t.shape, dtype=wide, device=t.device) for t in (key, value))
         for job in jobs:
-            of_rows = [_part(t, job.batch, job.queries) for t in (query, out, dout, lse, dquery)]
-            k, v, dk, dv = (_part(t, job.batch, job.keys) for t in (key, value, dkey, dvalue))
+            of_rows = [_rows(t, job) for t in (query, out, dout, lse, dquery)]
+            k, v, dk, dv = (_keys(t, job) for t in (key, value, dkey, dvalue))
             given = _job_mask(attn_mask, job)
             for region in job.regions:
                 q, o, do, s = (_take(t, region.rows) for t in of_rows[:4])
@@ -224,8 +224,18 @@ def _takes_all_keys(jobs: list[Job], key: Tensor) -> bool:
     return isinstance(keys, slice) and size_of(keys) == key.shape[2]
 
 
-def _part(x: Tensor, batch: slice, rows: slice) -> Tensor:
-    return x[batch, :, rows]
+def _rows(x: Tensor, job: Job) -> Tensor:
+    """A view of a job's queries, ``[batch, heads, rows, …]``."""
+    return _documents(x[job.batch, :, job.queries], job.documents)
+
+
+def _keys(x: Tensor, job: Job) -> Tensor:
+    """A view of a job's keys."""
+    return _documents(x[job.batch, :, job.keys], job.documents)
+
+
+def _documents(x: Tensor, count: int) -> Tensor:
+    return x if count == 1 else x[0].unflatten(1, (count, -1)).transpose(0, 1)
 
 
 def _job_mask(attn_mask: Tensor | None, job: Job) -> Tensor | None:

@@ -49,16 +49,15 @@ def plan_attention(
     cu_seqlens: Tensor,
     cu_seqlens_q: Tensor,
     passes: tuple[int, int],
-    unite: bool,
     costs: Costs,
 ) -> tuple[Tensor, Tensor]:
-    """The calls that cover what the intervals of some passes show, each visible score once.
+    """The calls that cover what the intervals of some passes show, each visible score once. A sequence that
+    looks like the one before is served by its calls.
 
     Args:
         limits: int32 ``[P, I, 2, rows]``, positions: int32 ``[P, tokens]``, of `Intervals`.
         cu_seqlens, cu_seqlens_q: int32 ``[N + 1]``.
         passes: from the first to the last (excluded).
-        unite: sequences that look like the one before are served by its calls.
 
     Returns:
         int32 ``[calls, 10]`` of `PlannedCall`, and int32 indices: rows and keys that are no run.
@@ -78,7 +77,7 @@ def plan_attention(
         own_keys = [p[slice(*bounds)] for p in of_keys]
         own_limits = [[side[slice(*row_bounds)] for side in slot] for slot in of_limits]
         now = (own_keys, own_limits, bounds[1] - bounds[0], row_bounds[1] - row_bounds[0])
-        if unite and now == before:
+        if now == before:
             calls[first:] = [(call[0], s + 1, *call[2:]) for call in calls[first:]]
             continue
         before, first = now, len(calls)
