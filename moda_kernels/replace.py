@@ -67,7 +67,7 @@ class replace_sdpa(TorchFunctionMode):  # noqa: N801 - used as a function in a w
 
     Raises:
         TypeError: an unknown option, ``within`` that isn't modules. Inside the block: what :func:`moda_attention`
-            raises. NotImplementedError: a block within a compiled function. Inside the block:
+            raises. NotImplementedError: torch 2.14 or newer; a block within a compiled function. Inside the block:
             ``torch.nn.DataParallel`` on several devices; calls within an ``autograd.Function`` (other checkpointing
             than torch's).
     """
@@ -76,6 +76,11 @@ class replace_sdpa(TorchFunctionMode):  # noqa: N801 - used as a function in a w
         self, *, layout: ModalityLayout | Tensor, within: nn.Module | Iterable[nn.Module] | None = None, **options: Any
     ) -> None:
         super().__init__()
+        if _APPLY is None:
+            raise NotImplementedError(
+                f"replace_sdpa: torch {torch.__version__} hides which autograd.Function is running, so calls with gradients of "
+                "their own could not be told apart; use torch 2.11 to 2.13, or call moda_attention in the model"
+            )
         unknown = sorted(set(options) - set(_OPTIONS))
         if unknown:
             raise TypeError(f"replace_sdpa: expected options from {', '.join(_OPTIONS)}, got {', '.join(unknown)}")
@@ -304,7 +309,8 @@ def _refuse_own_gradients() -> None:
         frame = frame.f_back
 
 
-_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+#: None where torch (since 2.14) has it in C, where no frame shows it.
+_APPLY = getattr(getattr(torch.autograd.Function.apply, "__func__", None), "__code__", None)
 
 
 class _Eager:
