@@ -136,19 +136,6 @@ class ModularMask:
             size = f"{layout.num_roles} x {layout.num_roles} rules, as the layout has roles"
             raise checks.wrong_value("mask", size, f"{self.num_roles} x {self.num_roles}")
 
-    def why_not_pairwise(self, layout: ModalityLayout) -> list[str]:
-        """Why this mask is not among those of modalities, segments and the past alone, for a backend that knows no
-        others: every reason, empty if it is."""
-        reasons = []
-        for flag in (Visibility.BEFORE, Visibility.UPTO, Visibility.CHUNK):
-            if any(rule & flag for row in self.rules for rule in row):
-                reasons.append(f"it has no rule {flag.name} (use backend='reference')")
-        if self.window_on == "all":
-            reasons.append("it has no window_on='all' (use backend='reference')")
-        if layout.own_roles:
-            reasons.append("it has no roles other than the modalities (use backend='reference')")
-        return reasons
-
     def visible(
         self, layout: ModalityLayout, query_length: int | None = None, query_start: int | Tensor | None = None
     ) -> Tensor:

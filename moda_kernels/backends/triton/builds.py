@@ -54,8 +54,8 @@ STACK = {
 
 #: And with head sizes beyond 128, where accumulators alone take half of the registers.
 WIDE_STACK = 64
-#: And in split attention, which keeps more between its two softmaxes (sm_90: 8 bytes, sm_80: 104 with a bias).
-SPLIT_STACK = 128
+#: And with several walks, each with two loops of its own (dk-dv on sm_90: 96 bytes).
+MANY_STACK = 128
 
 GROUP = 4
 #: Members of NamedTuples that are not of the inputs' type.
@@ -106,7 +106,12 @@ def attention_build(
         (f"attention_{kind}", dtype, str(head_dim), *features, *[f"passes={passes}"] * (passes != 1),
          *["intervals=2"] * (intervals == 2))
     )  # fmt: skip
-    allowance = max(STACK[kind, capability] if padded(head_dim) <= 128 else WIDE_STACK, SPLIT_STACK if split else 0)
+    allowance = max(
+        STACK[kind, capability] if padded(head_dim) <= 128 else WIDE_STACK,
+        MANY_STACK if passes != 1 or intervals > 1 else 0,
+    )
+    if kind == "forward" and passes == intervals == 1 and dtype != "fp32":
+        allowance = 0  # the walk of most masks
     return _build(name, kernel, capability, config, types, constants, allowance, gate)
 
 
