@@ -14,6 +14,7 @@ from moda_kernels.runtime import gpu
 
 pytest.importorskip("triton")
 
+from moda_kernels.backends.triton import configs as attention_configs
 from moda_kernels.products import configs
 from moda_kernels.runtime import aot
 from moda_kernels.runtime.launch import ARCHITECTURES, Launch, find, padded
@@ -63,7 +64,8 @@ def test_every_build_of_the_gate_has_a_part() -> None:
 
 def test_every_configuration_is_in_the_gate() -> None:
     """float32's entries, and those of the Gram products, are the same on every architecture."""
-    for table in (configs.FORWARD, configs.FOLDED, configs.BACKWARD_QUERY, configs.BACKWARD_KEYS):
+    of = attention_configs
+    for table in (of.FORWARD, of.FOLDED, of.BACKWARD_QUERY, of.BACKWARD_KEYS):
         compiled = {(b.capability, b.config) for b in aot.builds() if b.gate}
         for capability, by_bits in table.items():
             assert {(capability, c) for c in by_bits[16].values()} <= compiled
