@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <array>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -13,7 +14,6 @@
 #include "intervals.h"
 #include "plan.h"
 #include "segmentation.h"
-#include "tiles.h"
 #include "walks.h"
 #if defined(MODA_WITH_CUDA)
 #include "cuda.h"
@@ -153,46 +153,6 @@ void token_facts(int tokens, int roles, Address modality, Address role, Address 
                           at(step), at(chunk), at(falls)});
 }
 
-moda::Mask mask_of(const std::vector<int>& rules, int modalities, int window) {
-  if (modalities < 1 || modalities > moda::kMaxModalities ||
-      rules.size() != static_cast<size_t>(modalities) * modalities) {
-    throw std::invalid_argument("rules: expected M * M of them, M from 1 to " + std::to_string(moda::kMaxModalities) +
-                                ", got " + std::to_string(rules.size()));
-  }
-  moda::Mask mask{modalities, window, {}};
-  std::transform(rules.begin(), rules.end(), mask.rules, [](int rule) { return static_cast<uint8_t>(rule & 7); });
-  return mask;
-}
-
-// A side of the tile lists, as Python passes it: addresses of cu_seqlens, rows, lists and counts; block, tiles, width.
-using SideArguments = std::tuple<Address, Address, Address, Address, int, int, int>;
-
-moda::Side side_of(const SideArguments& side) {
-  const auto [cu_seqlens, rows, lists, counts, block, tiles, width] = side;
-  if (block < 1 || tiles < 0 || width < 0 || width > moda::kMaxListedTokens) {
-    throw std::invalid_argument("tile lists: expected block >= 1, tiles >= 0 and width from 0 to " +
-                                std::to_string(moda::kMaxListedTokens) + ", got " + std::to_string(block) + ", " +
-                                std::to_string(tiles) + " and " + std::to_string(width));
-  }
-  return {at(cu_seqlens), block, tiles, width, at(rows), at(lists), at(counts), nullptr, nullptr, nullptr};
-}
-
-int64_t tile_lists_workspace(int sequences, int modalities, int query_tiles, int key_tiles) {
-  moda::Side queries{}, keys{};
-  queries.tiles = query_tiles;
-  keys.tiles = key_tiles;
-  return workspace_of(queries, sequences, modalities) + workspace_of(keys, sequences, modalities);
-}
-
-void tile_lists(int device, Address stream, Address workspace, int sequences, int modalities, Address modality,
-                Address segment, Address position, Address first_column, const std::vector<int>& rules, int window,
-                const SideArguments& queries, const SideArguments& keys, Address overflow) {
-  const moda::TileLists a{sequences,        at(modality),     at(segment),
-                          at(position),     at(first_column), mask_of(rules, modalities, window),
-                          side_of(queries), side_of(keys),    at(overflow)};
-  MODA_RUN(tile_lists, a, device, stream, workspace);
-}
-
 // Queries or keys cut into tiles, as Python passes it: address of cu_seqlens; length, block, tiles.
 using CutArguments = std::tuple<Address, int, int, int>;
 
@@ -269,15 +229,13 @@ PYBIND11_MODULE(MODA_MODULE, module) {
   using namespace pybind11::literals;
   using Unlocked = py::call_guard<py::gil_scoped_release>;
   module.doc() = "Segmentation, intervals, tiles and plans; use it through moda_kernels.runtime.native.";
-  module.attr("INTERFACE") = 4;  // as in native.py
+  module.attr("INTERFACE") = 5;  // as in native.py
   module.attr("WITH_CUDA") = kWithCuda;
   module.attr("CUDA_ARCHITECTURES") = MODA_CUDA_ARCHITECTURES;
   module.attr("CUDA_RUNTIME") = runtime_version();
-  module.attr("MAX_MODALITIES") = moda::kMaxModalities;
-  module.attr("MAX_LISTED_TOKENS") = moda::kMaxListedTokens;
   module.attr("MAX_ROLES") = moda::kRulesAtOnce;
   module.attr("PASSES_AT_ONCE") = moda::kPassesAtOnce;
-  module.attr("NO_WINDOW") = moda::kNoWindow;
+  module.attr("NO_WINDOW") = std::numeric_limits<int>::max();
   module.def("cuda_probe", &probe, "device"_a, Unlocked(), "Why this build cannot run on a CUDA device, or ''.");
   module.def("segment_tokens_workspace", &segment_tokens_workspace, "tokens"_a, "modalities"_a);
   module.def("segment_tokens", &segment_tokens, py::kw_only(), "device"_a, "stream"_a, "workspace"_a, "tokens"_a,
@@ -292,11 +250,6 @@ PYBIND11_MODULE(MODA_MODULE, module) {
              "rows"_a, "sequences"_a, "roles"_a, "max_segments"_a, "facts"_a, "cu_seqlens"_a, "table"_a, "columns"_a,
              "rules"_a, "modalities"_a, "own"_a, "intervals"_a, "window"_a, "window_all"_a, "limits"_a, "positions"_a,
              Unlocked());
-  module.def("tile_lists_workspace", &tile_lists_workspace, "sequences"_a, "modalities"_a, "query_tiles"_a,
-             "key_tiles"_a);
-  module.def("tile_lists", &tile_lists, py::kw_only(), "device"_a, "stream"_a, "workspace"_a, "sequences"_a,
-             "modalities"_a, "modality"_a, "segment"_a, "position"_a, "first_column"_a, "rules"_a, "window"_a,
-             "queries"_a, "keys"_a, "overflow"_a, Unlocked());
   module.def("walk_workspace", &walk_workspace, "passes"_a, "walks"_a, "query_tiles"_a, "key_tiles"_a, "of_keys"_a);
   module.def("query_walk", &query_walk, py::kw_only(), "device"_a, "stream"_a, "workspace"_a, "passes"_a, "intervals"_a,
              "sequences"_a, "rows"_a, "tokens"_a, "limits"_a, "positions"_a, "real"_a, "queries"_a, "keys"_a,

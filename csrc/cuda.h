@@ -8,7 +8,6 @@
 
 #include "intervals.h"
 #include "segmentation.h"
-#include "tiles.h"
 #include "walks.h"
 
 namespace moda::cuda {
@@ -30,14 +29,12 @@ int64_t mask_intervals_workspace(int tokens, int slots);  // slots: roles that a
 void segment_tokens(const SegmentTokens&, const Queue&);
 void segment_table(const SegmentTable&, const Queue&);
 void mask_intervals(const MaskIntervals&, const PassBatch&, const Queue&);
-void tile_lists(const TileLists&, const Queue&);
 void query_walk(const QueryWalk&, const Queue&);
 void key_walk(const KeyWalk&, const Queue&);
 
 // One for each CUDA file: load its kernels on the current device. Returns a cudaError_t.
 int load_segmentation();
 int load_intervals();
-int load_tiles();
 int load_walks();
 
 }  // namespace moda::cuda

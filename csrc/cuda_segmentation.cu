@@ -221,7 +221,6 @@ std::string probe(int device) {
   if (error == cudaSuccess) error = cudaSetDevice(device);
   if (error == cudaSuccess) error = static_cast<cudaError_t>(load_segmentation());
   if (error == cudaSuccess) error = static_cast<cudaError_t>(load_intervals());
-  if (error == cudaSuccess) error = static_cast<cudaError_t>(load_tiles());
   if (error == cudaSuccess) error = static_cast<cudaError_t>(load_walks());
   const std::string why = error == cudaSuccess ? "" : cudaGetErrorString(error);
   if (error == cudaSuccess && before != device) cudaSetDevice(before);

@@ -4,14 +4,9 @@ INTERFACE: int
 WITH_CUDA: bool
 CUDA_ARCHITECTURES: str
 CUDA_RUNTIME: int
-MAX_MODALITIES: int
-MAX_LISTED_TOKENS: int
 MAX_ROLES: int
 PASSES_AT_ONCE: int
 NO_WINDOW: int
-
-# cu_seqlens, rows, lists and counts; block, tiles, width
-_Side = tuple[int, int, int, int, int, int, int]
 
 def cuda_probe(device: int) -> str: ...
 def segment_tokens_workspace(tokens: int, modalities: int) -> int: ...
@@ -79,24 +74,6 @@ def mask_intervals(
     window_all: bool,
     limits: int,
     positions: int,
-) -> None: ...
-def tile_lists_workspace(sequences: int, modalities: int, query_tiles: int, key_tiles: int) -> int: ...
-def tile_lists(
-    *,
-    device: int,
-    stream: int,
-    workspace: int,
-    sequences: int,
-    modalities: int,
-    modality: int,
-    segment: int,
-    position: int,
-    first_column: int,
-    rules: list[int],
-    window: int,
-    queries: _Side,
-    keys: _Side,
-    overflow: int,
 ) -> None: ...
 
 # cu_seqlens; length of each sequence or -1, block, tiles

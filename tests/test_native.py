@@ -34,9 +34,9 @@ from hypothesis import strategies as st
 
 CSRC = Path(__file__).parents[1] / "csrc"
 CPU_FILES = ("cpu.cpp", "cpu_intervals.cpp", "cpu_walks.cpp", "plan.cpp")
-CUDA_FILES = ("cuda_segmentation.cu", "cuda_intervals.cu", "cuda_tiles.cu", "cuda_walks.cu")
+CUDA_FILES = ("cuda_segmentation.cu", "cuda_intervals.cu", "cuda_walks.cu")
 #: Where the twins are; the others: in `segments`.
-TWINS = {"tile_lists": tiles, "mask_intervals": intervals, "query_walk": walks, "key_walk": walks}
+TWINS = {"mask_intervals": intervals, "query_walk": walks, "key_walk": walks}
 CPU = torch.device("cpu")
 
 
@@ -310,118 +310,6 @@ def test_many_tokens(implementation: Implementation, packed: bool, num_modalitie
 # Tile lists
 
 
-@dataclass(frozen=True)
-class Lists:
-    """Arguments of a `tile_lists`, and the truth to compare with."""
-
-    arguments: tuple[Any, ...]
-    visible: Tensor  # bool [queries, keys], the batch flattened
-    real: Tensor  # bool [queries]
-
-
-@st.composite
-def lists(draw: st.DrawFn) -> Lists:
-    case = draw(tokens(min_tokens=1))
-    lengths = case.cu_seqlens.diff().tolist()
-    batch = len(set(lengths)) == 1 and draw(st.booleans())
-    if batch:
-        made = segment_modalities(case.modality.view(len(lengths), -1), num_modalities=case.num_modalities)
-        queries = made.queries(draw(st.integers(0, lengths[0])))
-    else:
-        made = segment_modalities(
-            case.modality, num_modalities=case.num_modalities, item_ids=case.items, cu_seqlens=case.cu_seqlens
-        )
-        of_query = [draw(st.integers(0, n)) for n in lengths]
-        starts = [draw(st.integers(0, n - q)) for n, q in zip(lengths, of_query, strict=True)]
-        start = torch.tensor(starts) if draw(st.booleans()) else None
-        queries = made.queries(sum(of_query), start, torch.tensor([0, *of_query]).cumsum(0))
-    pasts = st.sampled_from([0, 1, 1, 2, 3])
-    rule = draw(st.sampled_from([pasts, st.integers(0, 7)]))
-    m = range(case.num_modalities)
-    window = draw(st.none() | st.sampled_from([1, 2, 5, 20, 1000, 2**31 - 1]))
-    mask = ModularMask(tuple(tuple(draw(rule) for _ in m) for _ in m), window)
-    blocks = st.sampled_from([1, 3, 4, 8, 16, 64])
-    block_q, block_k = draw(blocks), draw(blocks)
-
-    dense = mask.visible_to(made, queries)
-    if batch:
-        dense = torch.block_diag(*dense.int()).bool()
-    arguments = (
-        made.modality.flatten(), made.segment.flatten(), made.position.flatten(), made.cu_seqlens,
-        queries.cu_seqlens, queries.first_column, [int(r) for row in mask.rules for r in row], window,
-        block_q, block_k, tiles._capacities(made, queries, block_q, block_k),
-    )  # fmt: skip
-    return Lists(arguments, dense, (queries.of(made.modality) >= 0).flatten())
-
-
-def tiles_by_definition(bounds: list[int], block: int, capacity: int) -> list[list[int]]:
-    cut = [
-        [n, row, min(block, end - row)]
-        for n, (start, end) in enumerate(itertools.pairwise(bounds))
-        for row in range(start, end, block)
-    ]
-    assert len(cut) <= capacity
-    return cut + [[0, 0, 0]] * (capacity - len(cut))
-
-
-def lists_by_definition(case: Lists) -> list[list[list[int]] | list[int]]:
-    """All seven outputs, from the dense mask."""
-    *_, cu_seqlens, cu_seqlens_q, _, _, _, block_q, block_k, capacities = case.arguments
-    q_tiles = tiles_by_definition(cu_seqlens_q.tolist(), block_q, capacities[0])
-    k_tiles = tiles_by_definition(cu_seqlens.tolist(), block_k, capacities[1])
-    full: dict[tuple[int, int], bool] = {}  # of the pairs that are not empty
-    for q, (n, q_row, q_rows) in enumerate(q_tiles):
-        rows = slice(q_row, q_row + q_rows)
-        seen = case.visible[rows][case.real[rows]]
-        for k, (m, k_row, k_rows) in enumerate(k_tiles):
-            pair = seen[:, k_row : k_row + k_rows]
-            if n == m and bool(pair.any()):
-                whole = (q_rows, k_rows) == (block_q, block_k) and bool(case.real[rows].all())
-                full[q, k] = whole and bool(pair.all())
-
-    def written(ids: list[tuple[int, bool]], width: int) -> tuple[list[int], list[int]]:
-        ordered = [i for i, whole in ids if whole] + [i for i, whole in ids if not whole]
-        return ordered + [0] * (width - len(ordered)), [sum(whole for _, whole in ids), len(ordered)]
-
-    def side(count: int, own: int, width: int) -> list[Any]:
-        made = [written([(p[1 - own], w) for p, w in sorted(full.items()) if p[own] == i], width) for i in range(count)]
-        return [[one for one, _ in made], [two for _, two in made]]
-
-    return [q_tiles, k_tiles, *side(capacities[0], 0, capacities[2]), *side(capacities[1], 1, capacities[3]), [0]]
-
-
-def test_tile_lists_as_defined(implementation: Implementation) -> None:
-    @settings(max_examples=implementation.examples)
-    @given(lists())
-    def check(case: Lists) -> None:
-        made = implementation("tile_lists", *case.arguments)
-        for output, expected in zip(made, lists_by_definition(case), strict=True):
-            assert output.tolist() == expected
-        for output, expected in zip(made, tiles.tile_lists_torch(*case.arguments), strict=True):
-            assert output.dtype == expected.dtype and torch.equal(output, expected)
-
-    check()
-
-
-def test_nothing_to_list(implementation: Implementation) -> None:
-    none = torch.empty(0, dtype=torch.int32)
-    bounds, first = torch.zeros(4, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
-    made = implementation("tile_lists", none, none, none, bounds, bounds, first, [1], None, 4, 4, (2, 2, 0, 0))
-    assert [tuple(t.shape) for t in made] == [(2, 3), (2, 3), (2, 0), (2, 2), (2, 0), (2, 2), (1,)]
-    assert not any(bool(t.any()) for t in made)
-
-
-def test_long_sequences_overflow(implementation: Implementation) -> None:
-    total, block = tiles.MAX_TOKENS + 1000, 4096
-    ids = torch.zeros(total, dtype=torch.int32)
-    order = torch.arange(total, dtype=torch.int32)
-    bounds, first = torch.tensor([0, total], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
-    shapes = (17, 17, tiles.MAX_TOKENS // block, tiles.MAX_TOKENS // block)
-    made = implementation("tile_lists", ids, ids, order, bounds, bounds, first, [1], None, block, block, shapes)
-    assert made[-1].tolist() == [1]
-    assert bool((made[3][:, 1] <= shapes[2]).all())
-
-
 # Walks
 
 
@@ -500,11 +388,9 @@ def test_walks_of_many_tiles(implementation: Implementation) -> None:
 # The door
 
 
-def test_capacities_agree() -> None:
+def test_the_extension_says_what_it_is() -> None:
     if not native.runs_on(CPU):
         pytest.skip(f"native extension: {native.why_not('cpu')}")
-    extension = native._loaded()
-    assert (extension.MAX_MODALITIES, extension.MAX_LISTED_TOKENS) == (tiles.MAX_MODALITIES, tiles.MAX_TOKENS)
     assert native.why_not("cpu") is None
     assert "file" in native.build_info()
 
@@ -575,7 +461,7 @@ def on_cuda() -> torch.device:
 
 
 def everything(ids: Tensor) -> list[Tensor]:
-    """A layout, its tile lists and its walks, without anything that waits for a device."""
+    """A layout and its walks, without anything that waits for a device."""
     made = segment_modalities(
         ids, num_modalities=3, max_segments=ids.numel(), roles=ids.clamp(min=0), num_roles=3,
         steps=torch.arange(ids.shape[1], device=ids.device).expand(ids.shape), chunks=ids,
@@ -583,12 +469,11 @@ def everything(ids: Tensor) -> list[Tensor]:
     mask = ModularMask(((16, 8, 1), (32, 2, 16), (1, 0, 8 | 32)), 100)
     sets = intervals.mask_intervals(made, made.queries(), mask)
     made = segment_modalities(ids, num_modalities=3, max_segments=ids.numel())
-    lists = tiles.tile_lists(made, ModularMask.bidirectional_within(3, [1]), 128, 64)
     walked = tiles.mask_tiles(made, ModularMask.bidirectional_within(3, [1]), 128, 64)
     assert walked.queries is not None and walked.keys is not None
     fields = [made.segment, made.position, made.sequence, made.prefix, made.num_segments, made.table]
     fields += [*walked[:2], *walked.queries, *walked.keys]
-    return [*fields, *sets] + [getattr(lists, name) for name in tiles.TileLists.__dataclass_fields__]
+    return [*fields, *sets]
 
 
 def multimodal(rows: int, length: int) -> Tensor:

@@ -10,7 +10,6 @@ Each function has a PyTorch twin of the same signature and meaning (in `tokens/`
 import functools
 import os
 import types
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 from moda_kernels.runtime import checks
 
 #: Changes with the extension's functions, as in `csrc/bindings.cpp`: an old build must not be taken for a new one.
-INTERFACE = 4
+INTERFACE = 5
 
 _extension: types.ModuleType | None = None
 _missing: str | None = None  # why there is no extension
@@ -220,62 +219,6 @@ def mask_intervals(
         positions=positions.data_ptr(),
     )
     return limits, positions
-
-
-def tile_lists(
-    modality: Tensor,
-    segment: Tensor,
-    position: Tensor,
-    cu_seqlens: Tensor,
-    cu_seqlens_q: Tensor,
-    first_column: Tensor,
-    rules: list[int],
-    window: int | None,
-    block_q: int,
-    block_k: int,
-    capacities: tuple[int, int, int, int],
-) -> tuple[Tensor, ...]:
-    """See `tiles.tile_lists_torch`, its twin."""
-    extension, device = _loaded(), modality.device
-    tokens, sequences = modality.numel(), cu_seqlens.numel() - 1
-    modality = _checked("modality", modality, device, (tokens,))
-    segment = _checked("segment", segment, device, (tokens,))
-    position = _checked("position", position, device, (tokens,))
-    cu_seqlens = _checked("cu_seqlens", cu_seqlens, device, (sequences + 1,))
-    cu_seqlens_q = _checked("cu_seqlens_q", cu_seqlens_q, device, (sequences + 1,))
-    first_column = _checked("first_column", first_column, device, (sequences,))
-    query_tiles, key_tiles, key_width, query_width = capacities
-    num_modalities = int(len(rules) ** 0.5)
-
-    new = functools.partial(torch.empty, dtype=torch.int32, device=device)
-    q_rows, k_rows = new(query_tiles, 3), new(key_tiles, 3)
-    key_lists, key_counts = new(query_tiles, key_width), new(query_tiles, 2)
-    query_lists, query_counts = new(key_tiles, query_width), new(key_tiles, 2)
-    overflow = new(1)
-    index, stream = _queue(device)
-    size = extension.tile_lists_workspace(sequences, num_modalities, query_tiles, key_tiles) if index >= 0 else 0
-    workspace = new(size)
-
-    def side(of: Sequence[Tensor], block: int) -> tuple[int, ...]:
-        return *(t.data_ptr() for t in of), block, *of[2].shape
-
-    extension.tile_lists(
-        device=index,
-        stream=stream,
-        workspace=workspace.data_ptr(),
-        sequences=sequences,
-        modalities=num_modalities,
-        modality=modality.data_ptr(),
-        segment=segment.data_ptr(),
-        position=position.data_ptr(),
-        first_column=first_column.data_ptr(),
-        rules=rules,
-        window=extension.NO_WINDOW if window is None else min(window, extension.NO_WINDOW),
-        queries=side((cu_seqlens_q, q_rows, key_lists, key_counts), block_q),
-        keys=side((cu_seqlens, k_rows, query_lists, query_counts), block_k),
-        overflow=overflow.data_ptr(),
-    )
-    return q_rows, k_rows, key_lists, key_counts, query_lists, query_counts, overflow
 
 
 def query_walk(

@@ -1,1 +1,1 @@
-"""Who is who and who sees whom: layouts, masks, pseudo scores, tile lists."""
+"""Who is who and who sees whom: layouts, masks, pseudo scores, tiles."""
