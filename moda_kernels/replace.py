@@ -79,7 +79,8 @@ class replace_sdpa(TorchFunctionMode):  # noqa: N801 - used as a function in a w
         if _APPLY is None:
             raise NotImplementedError(
                 f"replace_sdpa: torch {torch.__version__} hides which autograd.Function is running, so calls with "
-                "gradients of their own could not be told apart; use torch 2.11 to 2.13, or call moda_attention in the model"
+                "gradients of their own could not be told apart; use torch 2.11 to 2.13, or call moda_attention in the "
+                "model"
             )
         unknown = sorted(set(options) - set(_OPTIONS))
         if unknown:
