@@ -23,7 +23,8 @@ from moda_kernels import reference
 from moda_kernels.alignment.aligner import SCOPES, DuplexAligner
 from moda_kernels.alignment.maps import FUSIONS, NORMS
 from moda_kernels.alignment.released import released_key_map
-from moda_kernels.backends import cpu, triton
+from moda_kernels.backends import cpu
+from moda_kernels.backends.triton import plan
 from moda_kernels.runtime import checks
 from moda_kernels.testing import dense
 from moda_kernels.testing.cases import PADDING, Inputs, Result, generator, random_ids
@@ -42,8 +43,6 @@ DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "triton": (torch.float32, torch.float32, torch.float16),
 }
 
-#: Backends that know no roles, and no rules but those of modalities, segments and the past.
-PAIRWISE = ("triton",)
 _MORE_IDS = ("item_ids", "roles", "steps", "chunks")
 #: Random roundings in which the dense oracle is tried; the largest error of all is the measure.
 ROUNDINGS = 3
@@ -234,7 +233,7 @@ def draw(seed: int, backend: str = "reference", device: torch.device | str = "cp
     # An interpreter takes its time by heads and sequences.
     slow = backend == "triton" and device.type == "cpu"
     tokens = _draw_tokens(dice, m, most=18 if aligner else 48, fewest=slow)
-    if backend not in PAIRWISE and dice.chance(0.5):
+    if dice.chance(0.5):
         tokens = _with_more_ids(dice, tokens)
         if aligner is not None and aligner["fusion"] != "released" and dice.chance(0.3):
             roles = range(tokens.num_roles or m)
@@ -272,7 +271,7 @@ def draw(seed: int, backend: str = "reference", device: torch.device | str = "cp
 
     mask = None
     if dice.chance(0.8):
-        mask = _draw_mask(dice, tokens.num_roles or m, pairwise=backend in PAIRWISE)
+        mask = _draw_mask(dice, tokens.num_roles or m)
     if mask is None and dice.chance(0.5):
         options["is_causal"] = True
     attn_mask = None
@@ -368,16 +367,14 @@ def _with_more_ids(dice: _Dice, tokens: dense.Tokens) -> dense.Tokens:
     return dataclasses.replace(tokens, **made)
 
 
-def _draw_mask(dice: _Dice, roles: int, pairwise: bool) -> ModularMask:
+def _draw_mask(dice: _Dice, roles: int) -> ModularMask:
     """Any union of rules, or those that people write."""
     past, segment, everything, before, upto, chunk = (2**i for i in range(6))
     usual = (0, past, segment, before, upto, chunk, past | segment, segment | before, chunk | before, everything)
     options = dice.of(usual, usual, tuple(range(64)))
-    if pairwise:
-        options = tuple(rule for rule in options if rule < before)
     rules = tuple(tuple(Visibility(dice.of(*options)) for _ in range(roles)) for _ in range(roles))
     window = dice.of(None, None, 1, 3, 10)
-    return ModularMask(rules, window, "past" if window is None or pairwise else dice.of("past", "past", "all"))
+    return ModularMask(rules, window, "past" if window is None else dice.of("past", "past", "all"))
 
 
 def _draw_queries(dice: _Dice, tokens: dense.Tokens, keys: int, options: dict[str, Any]) -> tuple[int, Tensor]:
@@ -491,7 +488,7 @@ def _few_keys_will_do(seed: int) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if seed % 2:
             stack.enter_context(mock.patch.multiple(cpu, **free))
-            stack.enter_context(mock.patch.multiple(triton, FOLD_FROM=0, DECODE_FROM=0))
+            stack.enter_context(mock.patch.multiple(plan, FOLD_FROM=0, DECODE_FROM=0))
         yield
 
 

@@ -6,6 +6,7 @@ to those that gradient checkpointing runs again). Padding is in its layout, so t
 mask through and no mask of queries × keys is ever made.
 """
 
+import functools
 import inspect
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ NAME = "moda"
 ALIGNER, SETTINGS = "moda_aligner", "moda_settings"
 #: The argument that carries `Tokens` to the layers.
 ARGUMENT = "moda_tokens"
+#: What transformers calls the cache among a model's arguments: from 5.24 on, and before it.
+CACHE_ARGUMENTS = ("cache", "past_key_values")
 
 
 @dataclass(frozen=True)
@@ -192,21 +195,23 @@ def before_text_model(
     if not isinstance(source, Tensor) or arguments.get(ARGUMENT) is not None:
         return args, kwargs  # the model says itself what it misses
     batch, new = source.shape[:2]
-    _refuse_packing(arguments)
+    _refuse_packing(module, arguments)
 
     state = None
     # Layers that are checkpointed go without a cache, whoever asks for one.
     checkpointed = module.training and any(getattr(part, "gradient_checkpointing", False) for part in module.modules())
     if not checkpointed:
-        cache = arguments.get("past_key_values")
+        name, cache = _cache_of(module, arguments)
         use_cache = arguments.get("use_cache")
         use_cache = getattr(module.config, "use_cache", False) if use_cache is None else use_cache
         if cache is None and use_cache:
             from transformers import DynamicCache
 
-            cache = arguments["past_key_values"] = DynamicCache(config=module.config)
+            cache = arguments[name] = DynamicCache(config=module.config)
         if cache is not None:
-            state = caches.state_of(cache, settings.num_modalities, getattr(module.config, "sliding_window", None))
+            state = caches.state_of(
+                name, cache, settings.num_modalities, getattr(module.config, "sliding_window", None)
+            )
     past = 0 if state is None else state.length
 
     told = modalities.told(batch, new, past, source.device)
@@ -259,10 +264,23 @@ def _without_padding(ids: Tensor, attention_mask: Any, past: int) -> Tensor:
     return torch.where(shown.to(ids.device) > 0, ids, -1)
 
 
-def _refuse_packing(arguments: dict[str, Any]) -> None:
+def _cache_of(module: nn.Module, arguments: dict[str, Any]) -> tuple[str, Any]:
+    """What a model calls its cache, and the cache of a call, whichever name it came by."""
+    given = (arguments[name] for name in CACHE_ARGUMENTS if arguments.get(name) is not None)
+    kind: Any = type(module)
+    return _cache_argument(kind), next(given, None)
+
+
+@functools.cache
+def _cache_argument(kind: Any) -> str:
+    parameters = inspect.signature(kind.forward).parameters
+    return next((name for name in CACHE_ARGUMENTS if name in parameters), CACHE_ARGUMENTS[-1])
+
+
+def _refuse_packing(module: nn.Module, arguments: dict[str, Any]) -> None:
     """Several documents in one row, told by positions that start again, as transformers would find them."""
     positions = arguments.get("position_ids")
-    plain = arguments.get("attention_mask") is None and arguments.get("past_key_values") is None
+    plain = arguments.get("attention_mask") is None and _cache_of(module, arguments)[1] is None
     if not isinstance(positions, Tensor) or not plain or (positions.dim() == 3 and positions.shape[0] != 4):
         return
     text = positions[0] if positions.dim() == 3 else positions

@@ -55,10 +55,11 @@ def _remembering(kind: Any) -> Any:
 UNDO = 32
 
 
-def state_of(cache: Any, num_modalities: int, window: int | None = None) -> DecodeState:
+def state_of(name: str, cache: Any, num_modalities: int, window: int | None = None) -> DecodeState:
     """The state beside a cache; a new one for an empty cache that has none.
 
     Args:
+        name: of the argument that the cache came by.
         window: of the model's sliding layers.
 
     Raises:
@@ -67,11 +68,11 @@ def state_of(cache: Any, num_modalities: int, window: int | None = None) -> Deco
     from transformers import Cache, EncoderDecoderCache
 
     if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
-        raise checks.wrong_type("past_key_values", "a transformers Cache of one decoder", cache)
+        raise checks.wrong_type(name, "a transformers Cache of one decoder", cache)
     if not isinstance(cache, _Remembers):
         if int(cache.get_seq_length()) > 0:
             raise checks.wrong_value(
-                "past_key_values",
+                name,
                 "a cache that an enabled model has filled from its first token (start from an empty one)",
                 f"one with {int(cache.get_seq_length())} tokens of unknown modality",
             )
@@ -82,6 +83,6 @@ def state_of(cache: Any, num_modalities: int, window: int | None = None) -> Deco
     held = cache.get_seq_length()
     if isinstance(held, int) and held != state.length:  # a number on the host: nothing waits
         if held > state.length:
-            raise checks.wrong_value("past_key_values", f"{state.length} tokens, as the enabled model saw", f"{held}")
+            raise checks.wrong_value(name, f"{state.length} tokens, as the enabled model saw", f"{held}")
         state.crop(held)  # a call that failed half-way
     return state
