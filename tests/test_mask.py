@@ -11,7 +11,6 @@ from torch.nn.attention.flex_attention import flex_attention
 
 import moda_kernels as mk
 from moda_kernels.testing import generator, random_ids, random_layout, random_mask
-from moda_kernels.tokens.mask import visible_pair
 
 H, P, S, A = 0, 1, 2, 4  # hidden, past, segment, all
 M = mk.ModularMask
@@ -41,12 +40,6 @@ def test_presets(mask: M, rules: list[list[int]]) -> None:
     assert mask.window is None and mask.num_roles == len(rules)
     assert mask.rule_table(torch.device("cpu")).tolist() == rules
     assert mask == M(rules) and hash(mask) == hash(M(rules))
-
-
-def test_parts() -> None:
-    mask = M([[P, S], [A, P | S]], window=4)
-    assert mask.part(same=True) == M([[P, H], [H, P | S]], window=4)
-    assert mask.part(same=False) == M([[H, S], [A, H]], window=4)
 
 
 def test_flags() -> None:
@@ -184,13 +177,6 @@ def test_counts_at_full_size() -> None:
         seen = mask.visible(layout)
         expected = torch.stack([(seen & (ids == b)[:, None]).sum(-1) for b in range(3)], -1)
         assert torch.equal(mask.count_visible(layout, layout.queries()).long(), expected)
-
-
-def test_visible_pair_is_elementwise() -> None:
-    rules = M([[P, A], [H, S]]).rule_table(torch.device("cpu"))
-    query = [torch.tensor(x) for x in ([0, 0, 0, 1, 1, -1], [3, 3, 3, 3, 3, -1], [2, 2, 2, 2, 2, -1])]
-    key = [torch.tensor(x) for x in ([0, 0, 1, 0, 1, 0], [3, 4, 9, 1, 9, 0], [2, 2, 5, 2, 2, 0])]
-    assert visible_pair(rules, None, *query, *key).tolist() == [True, False, True, False, True, False]
 
 
 # Other people's attention

@@ -9,7 +9,7 @@ behind the intervals (what is visible, how many keys, which tiles and rectangles
 
 import enum
 import functools
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,9 +17,6 @@ from torch import Tensor
 from moda_kernels.runtime import native
 from moda_kernels.runtime.operators import operator
 from moda_kernels.tokens.layout import ModalityLayout, QueryRows
-
-if TYPE_CHECKING:
-    from moda_kernels.tokens.mask import ModularMask
 
 #: Beyond every position.
 FAR = 2**31 - 1
@@ -53,6 +50,23 @@ class Visibility(enum.IntFlag):
 
 
 _V = Visibility
+
+
+class Rules(Protocol):
+    """What is asked of a mask here; `ModularMask` is one."""
+
+    @property
+    def rules(self) -> tuple[tuple[Visibility, ...], ...]: ...
+
+    @property
+    def window(self) -> int | None: ...
+
+    @property
+    def window_on(self) -> str: ...
+
+    def check_layout(self, layout: ModalityLayout) -> None: ...
+
+    def __hash__(self) -> int: ...
 
 
 class Pass(NamedTuple):
@@ -103,7 +117,7 @@ class Intervals(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def make_passes(
-    mask: "ModularMask", num_modalities: int, split: bool = False, by_modality: bool = False, own_roles: bool = False
+    mask: Rules, num_modalities: int, split: bool = False, by_modality: bool = False, own_roles: bool = False
 ) -> Passes:
     """The passes of a mask.
 
@@ -173,7 +187,7 @@ def _apart(rule: Visibility, same: bool, clamped: bool) -> bool:
     return not (same and rule & _V.UPTO)  # own keys up to the row's step reach the row
 
 
-def passes_of(layout: ModalityLayout, mask: "ModularMask", split: bool = False, by_modality: bool = False) -> Passes:
+def passes_of(layout: ModalityLayout, mask: Rules, split: bool = False, by_modality: bool = False) -> Passes:
     """The passes of a mask over a layout like this one; as `make_passes`.
 
     Raises:
@@ -184,7 +198,7 @@ def passes_of(layout: ModalityLayout, mask: "ModularMask", split: bool = False, 
 
 
 def mask_intervals(
-    layout: ModalityLayout, queries: QueryRows, mask: "ModularMask", split: bool = False, by_modality: bool = False
+    layout: ModalityLayout, queries: QueryRows, mask: Rules, split: bool = False, by_modality: bool = False
 ) -> Intervals:
     """The intervals of a mask over a layout, in the order of `passes_of` (same arguments); remembered on `queries`.
 
@@ -349,7 +363,7 @@ _op_mask_intervals = operator(
 )
 
 
-def visible_keys(layout: ModalityLayout, queries: QueryRows, mask: "ModularMask") -> Tensor:
+def visible_keys(layout: ModalityLayout, queries: QueryRows, mask: Rules) -> Tensor:
     """Every pair of a query and a key written out: bool ``[B, Lq, Lk]``, packed ``[Tq, T]``."""
     limits, positions = mask_intervals(layout, queries, mask)
     shape = (*queries.shape, layout.modality.shape[-1])
@@ -364,7 +378,7 @@ def visible_keys(layout: ModalityLayout, queries: QueryRows, mask: "ModularMask"
 
 
 def count_by_pass(
-    layout: ModalityLayout, queries: QueryRows, mask: "ModularMask", split: bool = False, by_modality: bool = False
+    layout: ModalityLayout, queries: QueryRows, mask: Rules, split: bool = False, by_modality: bool = False
 ) -> Tensor:
     """How many keys of each pass every query sees: int32 ``[P, rows]``; linear in tokens."""
     limits, positions = mask_intervals(layout, queries, mask, split, by_modality)
@@ -389,7 +403,7 @@ def count_by_pass(
     return torch.stack(counts)
 
 
-def count_keys(layout: ModalityLayout, queries: QueryRows, mask: "ModularMask") -> Tensor:
+def count_keys(layout: ModalityLayout, queries: QueryRows, mask: Rules) -> Tensor:
     """How many keys of each modality every query sees: int32 ``[B, Lq, M]``, packed ``[Tq, M]``."""
     counted = count_by_pass(layout, queries, mask, by_modality=True)
     of_pass = [each.modality for each in passes_of(layout, mask, by_modality=True).passes]

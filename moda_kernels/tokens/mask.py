@@ -16,7 +16,7 @@ from moda_kernels.tokens.intervals import Visibility, count_keys, mask_intervals
 from moda_kernels.tokens.layout import ModalityLayout, QueryRows
 from moda_kernels.tokens.show import picture, rule_table
 
-__all__ = ["ModularMask", "Visibility", "visible_pair"]
+__all__ = ["ModularMask", "Visibility"]
 
 
 @dataclass(frozen=True)
@@ -104,13 +104,6 @@ class ModularMask:
         rule = Visibility.PAST if causal else Visibility.ALL
         return cls._table(num_modalities, lambda a, b: rule if a == b or a in named else Visibility.HIDDEN)
 
-    def part(self, same: bool) -> "ModularMask":
-        """The rules between equal (or, with ``same=False``, different) modalities; the rest hidden. The two halves of
-        split attention."""
-        m = range(self.num_roles)
-        rules = (((self.rules[a][b] if (a == b) == same else Visibility.HIDDEN) for b in m) for a in m)
-        return ModularMask(tuple(map(tuple, rules)), self.window, self.window_on)
-
     def rule_table(self, device: torch.device) -> Tensor:
         """The rules as an int32 tensor ``[R, R]``."""
         return torch.tensor(self.rules, dtype=torch.int32, device=device)
@@ -185,25 +178,3 @@ class ModularMask:
 
         batch, length = of_query.shape
         return create_block_mask(mask_mod, batch, None, length, of_key.shape[1], device=str(layout.device))
-
-
-def visible_pair(
-    rules: Tensor,
-    window: int | None,
-    query_modality: Tensor,
-    query_position: Tensor,
-    query_segment: Tensor,
-    key_modality: Tensor,
-    key_position: Tensor,
-    key_segment: Tensor,
-) -> Tensor:
-    """Whether queries see keys *of their sequence*, elementwise over broadcast tensors: the rules, once and for all."""
-    rule = rules[query_modality.clamp(min=0), key_modality.clamp(min=0)]
-    distance = query_position - key_position
-    past = distance >= 0
-    if window is not None:
-        past = past & (distance < window)
-    seen = ((rule & Visibility.PAST) > 0) & past
-    seen = seen | (((rule & Visibility.SEGMENT) > 0) & (query_segment == key_segment))
-    seen = seen | ((rule & Visibility.ALL) > 0)
-    return seen & (query_modality >= 0) & (key_modality >= 0)

@@ -1,15 +1,10 @@
 """Masks as text: the table of rules, and a small picture of who sees whom in one sequence."""
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
 from moda_kernels.runtime import checks
-from moda_kernels.tokens.intervals import Visibility, visible_keys
+from moda_kernels.tokens.intervals import Rules, Visibility, visible_keys
 from moda_kernels.tokens.layout import ModalityLayout
-
-if TYPE_CHECKING:
-    from moda_kernels.tokens.mask import ModularMask
 
 _ALL, _SOME, _NONE, _PADDING = "■", "□", "·", " "
 _NAMES = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -20,9 +15,9 @@ def rule_name(rule: Visibility) -> str:
     return "|".join(str(flag.name) for flag in Visibility if flag & rule) or "-"
 
 
-def rule_table(mask: "ModularMask") -> str:
+def rule_table(mask: Rules) -> str:
     """A line for each query role, a column for each key role."""
-    roles = [str(r) for r in range(mask.num_roles)]
+    roles = [str(r) for r in range(len(mask.rules))]
     rows = [["", *roles], *([a, *map(rule_name, row)] for a, row in zip(roles, mask.rules, strict=True))]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     window = "" if mask.window is None else f", a window of {mask.window} on {mask.window_on}"
@@ -31,7 +26,7 @@ def rule_table(mask: "ModularMask") -> str:
     return "\n".join(lines)
 
 
-def picture(mask: "ModularMask", layout: ModalityLayout, sequence: int = 0, width: int = 40) -> str:
+def picture(mask: Rules, layout: ModalityLayout, sequence: int = 0, width: int = 40) -> str:
     """See `ModularMask.show`."""
     mask.check_layout(layout)
     checks.integer("width", width, 1)
