@@ -49,12 +49,12 @@ STACK = {
     ("forward", 80): 64, ("forward", 90): 0, ("forward", 100): 0,
     ("folded", 80): 64, ("folded", 90): 0, ("folded", 100): 0,
     ("query", 80): 64, ("query", 90): 16, ("query", 100): 16,
-    ("keys", 80): 64, ("keys", 90): 64, ("keys", 100): 64,
+    ("keys", 80): 64, ("keys", 90): 8, ("keys", 100): 64,
 }  # fmt: skip
 
 #: And with head sizes beyond 128, where accumulators alone take half of the registers.
 WIDE_STACK = 64
-#: And with several walks, each with two loops of its own (dk-dv on sm_90: 96 bytes).
+#: And with several walks, each with two loops of its own.
 MANY_STACK = 128
 
 GROUP = 4

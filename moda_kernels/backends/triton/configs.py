@@ -68,8 +68,7 @@ BACKWARD_QUERY: AttentionTable = {
     100: {16: {64: _A(8, 3, 128, 64), 128: _A(8, 2, 128, 64), 256: _A(8, 2, 64, 32)}, 32: _QUERY_32},
 }
 
-# Two accumulators: at 256 they fill the registers whatever the tile, and 32 rows are below what wgmma takes. At 128 on
-# sm_90 seven spills are left in the loop; without them ptxas serialises every product (24 waits a tile, not 2).
+# Two accumulators: at 256 they fill the registers whatever the tile, and 32 rows are below what wgmma takes.
 _KEYS_32 = {64: _A(8, 1, 32, 32), 128: _A(8, 1, 32, 32), 256: _A(8, 1, 16, 16, 16)}
 BACKWARD_KEYS: AttentionTable = {
     80: {16: {64: _A(8, 3, 64, 128, 16), 128: _A(8, 2, 128, 64), 256: _A(8, 2, 32, 32)}, 32: _KEYS_32},

@@ -58,7 +58,7 @@ def load_rows(
 ):  # fmt: skip
     """Rows of a matrix with a contiguous last axis, [rows, BLOCK_DIM]; where MASKED, rows that are not real are 0."""
     o_dim = tl.arange(0, BLOCK_DIM)
-    p = p_base + o_row[:, None] * s_row + o_dim[None, :]
+    p = p_base + (o_row[:, None] * s_row + o_dim[None, :])  # one offset of 32 bits: see WIDEST_ROW of `launch.py`
     if MASKED:
         if BLOCK_DIM == DIM:
             b = tl.load(p, mask=b_real[:, None], other=0.0)
@@ -76,7 +76,7 @@ def load_rows(
 def store_rows(p_base, o_row, s_row, b, b_inside, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
     """Write rows that are inside, cast to the pointer's type."""
     o_dim = tl.arange(0, BLOCK_DIM)
-    p = p_base + o_row[:, None] * s_row + o_dim[None, :]
+    p = p_base + (o_row[:, None] * s_row + o_dim[None, :])
     inside = b_inside[:, None]
     if BLOCK_DIM != DIM:
         inside = inside & (o_dim < DIM)[None, :]
