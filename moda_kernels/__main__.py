@@ -9,7 +9,7 @@ from moda_kernels.commands import bench, demo, doctor, verify
 
 COMMANDS = {
     "bench": (bench, "side by side with what you might use instead: table, result file, picture"),
-    "demo": (demo, "train a toy on scanned digits with and without MODA, about a minute on a CPU"),
+    "demo": (demo, "what alignment is good for: small models on scanned digits, about a minute on a CPU"),
     "doctor": (doctor, "what is installed, what runs here, and why the rest does not"),
     "verify": (verify, "is attention right on this machine, feature by feature? Within a minute"),
 }

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import moda_kernels as mk
+from moda_kernels.diagnostics import keys_of_another_document
 from moda_kernels.testing import generator, random_ids
 
 DOUBLE = torch.float64
@@ -239,3 +240,43 @@ def test_plot_errors(shares: Any, names: list[str] | None, message: str, tmp_pat
     with pytest.raises(ValueError, match=message):
         mk.plot_attention_share(shares, tmp_path / "x.png", modalities=names)
     assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_keys_of_another_document(packed: bool) -> None:
+    """Token r of a modality stands for token r of that modality in the next sequence that has it, again from the start
+    where there are fewer; padding for itself."""
+    rows = [[0, 1, 1, -1, 0, 1], [1, 0, 0, 0, -1, -1], [0, 0, -1, 0, 2, 2], [2, 1, 0, -1, 1, 1]]
+    ids = torch.tensor(rows)
+    key = torch.randn(4, 2, 6, 3, dtype=DOUBLE, requires_grad=True)
+    layout = mk.segment_modalities(ids)
+    given = key
+    if packed:
+        cu_seqlens = torch.arange(0, 25, 6, dtype=torch.int32)
+        layout = mk.segment_modalities(ids.flatten(), cu_seqlens=cu_seqlens)
+        given = key.transpose(1, 2).reshape(24, 2, 3)
+    found = keys_of_another_document(given, layout)
+    assert found.shape == given.shape
+    if packed:
+        found = found.view(4, 6, 2, 3).transpose(1, 2)
+    for n, row in enumerate(rows):
+        for t, m in enumerate(row):
+            if m < 0:
+                lender, place = n, t
+            else:
+                lender = next(x % 4 for x in range(n + 1, n + 5) if m in rows[x % 4])
+                places = [i for i, other in enumerate(rows[lender]) if other == m]
+                place = places[row[:t].count(m) % len(places)]
+            assert torch.equal(found[n, :, t], key[lender, :, place]), (n, t)
+    found.sum().backward()
+    assert key.grad is not None
+
+
+def test_keys_of_another_document_need_one() -> None:
+    key = torch.randn(2, 1, 3, 4)
+    with pytest.raises(ValueError, match="modality 1 in two sequences"):
+        keys_of_another_document(key, torch.tensor([[0, 1, 0], [0, 0, 0]]))
+    with pytest.raises(ValueError, match="layout"):
+        keys_of_another_document(key, torch.tensor([[0, 1, 0, 1], [0, 0, 0, 1]]))
+    everything_hidden = torch.full((2, 3), -1)
+    assert torch.equal(keys_of_another_document(key, everything_hidden), key)

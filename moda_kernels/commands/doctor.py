@@ -23,7 +23,6 @@ PACKAGES = {
     "triton": "kernels for CUDA GPUs",
     "matplotlib": "plots, the demo",
     "scikit-learn": "the demo",
-    "tqdm": "the demo's progress bar",
 }
 VARIABLES = {
     backend_name.ENVIRONMENT: "names a backend for the whole process",

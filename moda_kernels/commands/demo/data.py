@@ -1,14 +1,12 @@
-"""The demo's data: scanned digits and short texts about them, as packed sequences of two modalities.
+"""The demo's data: scanned digits as packed sequences of two modalities.
 
-The images are real, 1,797 hand-written digits of 8×8 pixels that come with scikit-learn; the text is made from their
-labels. A document is a prompt, one or two images as 16 patches each, and sentences that only the images can answer:
-
-    one digit :  [image]          it is seven odd .
-    two digits : [image] [image]  larger is left . right is three odd . left is seven odd .
+The images are real, 1,797 hand-written digits of 8×8 pixels that come with scikit-learn, cut into 16 patches; what is
+said about them is made from their labels, in documents that `tasks.py` writes.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,6 +37,11 @@ WORDS = (
     "2",
     "image",
     "images",
+    "?",
+    "yes",
+    "no",
+    "hint",
+    "says",
 )
 WORD_ID = {word: i for i, word in enumerate(WORDS)}
 
@@ -87,49 +90,42 @@ def load_digits(rng: Rng) -> tuple[Images, Images]:
     return tuple(Images(pixels[i], digits.target[i].astype(np.int64), i) for i in (train, held_out))  # type: ignore[return-value]
 
 
-@dataclass(frozen=True)
-class Document:
-    """One document: `images` (numbers within an `Images`), and its text before and after them.
+class Answer(NamedTuple):
+    """A word of a document that only its images can tell.
 
     Attributes:
-        answers: places in `after` of the words that only the images can tell, with their kind ("digit", "larger").
+        place: its place in the text after the images.
+        kind: what is asked, of `KINDS`. image: the number of the image that it is about, if it is about one.
     """
 
+    place: int
+    kind: str
+    image: int | None = None
+
+
+KINDS = {"digit": 1, "larger": 2, "claim": 3}
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document: `images` (numbers in an `Images`), their labels, the text before and after them, its answers."""
+
     images: tuple[int, ...]
+    labels: tuple[int, ...]
     before: tuple[str, ...]
     after: tuple[str, ...]
-    answers: tuple[tuple[int, str], ...]
+    answers: tuple[Answer, ...]
 
     @property
     def tokens(self) -> int:
         return len(self.before) + PATCHES * len(self.images) + len(self.after)
 
-
-def about(labels: Sequence[int], images: tuple[int, ...], rng: Rng) -> Document:
-    """The document about one or two images with these labels; the order of its last sentences is drawn."""
-    number = ("1", "image") if len(images) == 1 else ("2", "images")
-    names = ("it",) if len(images) == 1 else ("left", "right")
-    after: list[str] = []
-    answers: list[tuple[int, str]] = []
-    if len(images) == 2:
-        larger = "same" if labels[0] == labels[1] else names[int(labels[1] > labels[0])]
-        answers.append((2, "larger"))
-        after += ["larger", "is", larger, "."]
-    for i in rng.permutation(len(images)):
-        answers.append((len(after) + 2, "digit"))
-        after += [names[i], "is", DIGITS[labels[i]], "odd" if labels[i] % 2 else "even", "."]
-    return Document(images, ("start", *number, ":"), tuple(after), tuple(answers))
-
-
-def documents(images: Images, rng: Rng, *, endless: bool = True) -> Iterator[Document]:
-    """Documents about all images in a drawn order, half of them with one image; then again, if endless."""
-    while True:
-        left = list(rng.permutation(len(images)))
-        while left:
-            taken = tuple(int(left.pop()) for _ in range(min(len(left), int(rng.integers(1, 3)))))
-            yield about([int(images.labels[i]) for i in taken], taken, rng)
-        if not endless:
-            return
+    def other(self, answer: Answer) -> str | None:
+        """The digit of the image that was not asked for, where that is another one."""
+        if answer.kind != "digit" or answer.image is None or len(self.images) != 2:
+            return None
+        label = self.labels[1 - answer.image]
+        return None if label == self.labels[answer.image] else DIGITS[label]
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,27 +135,34 @@ class Batch:
     Attributes:
         layout: who is who; each image is a segment of its own.
         words: int64 ``[T]``, word ids (0 at image tokens). pixels: float32 ``[T, PIXELS]`` (0 at text tokens).
-        source: int64 ``[P]``, tokens whose next token is text: where there is something to learn.
-        target: int64 ``[P]``, that text. kind: int64 ``[P]``, 1 for a digit's name, 2 for left/right/same, else 0.
+        item: int64 ``[T]``, 0 for text, else which of its document's images, from 1 on.
+        source: int64 ``[P]``, tokens whose next token is to be said. target: int64 ``[P]``, that word.
+        kind: int64 ``[P]``, of an answer its number in `KINDS`, else 0.
+        asked: int64 ``[P]``, the item that an answer is about, else 0. other: int64 ``[P]``, the word that the other
+            image would have for an answer, else -1.
         documents: what was packed.
     """
 
     layout: ModalityLayout
     words: Tensor
     pixels: Tensor
+    item: Tensor
     source: Tensor
     target: Tensor
     kind: Tensor
+    asked: Tensor
+    other: Tensor
     documents: tuple[Document, ...]
 
     def to(self, device: torch.device) -> "Batch":
-        words, pixels, source, target, kind = (
-            x.to(device) for x in (self.words, self.pixels, self.source, self.target, self.kind)
-        )
-        return Batch(self.layout.to(device), words, pixels, source, target, kind, self.documents)
+        names = ("words", "pixels", "item", "source", "target", "kind", "asked", "other")
+        return replace(self, layout=self.layout.to(device), **{name: getattr(self, name).to(device) for name in names})
 
-
-KINDS = {"digit": 1, "larger": 2}
+    def answers_only(self) -> "Batch":
+        """The same documents where nothing is to be learnt but the answers."""
+        kept = self.kind > 0
+        names = ("source", "target", "kind", "asked", "other")
+        return replace(self, **{name: getattr(self, name)[kept] for name in names})
 
 
 def pack(documents: Sequence[Document], images: Images) -> Batch:
@@ -167,28 +170,34 @@ def pack(documents: Sequence[Document], images: Images) -> Batch:
     modality: list[int] = []
     item: list[int] = []
     words: list[int] = []
-    kind: list[int] = []
+    answers: dict[int, tuple[int, int, int]] = {}  # by token: kind, asked, other
     bounds = [0]
     pixels = np.zeros((sum(d.tokens for d in documents), PIXELS), np.float32)
+
+    def say(text: Iterable[str]) -> None:
+        ids = [WORD_ID[word] for word in text]
+        words.extend(ids)
+        modality.extend([TEXT] * len(ids))
+        item.extend([0] * len(ids))
+
     for document in documents:
-        kinds = {place: KINDS[name] for place, name in document.answers}
-        words += [WORD_ID[w] for w in document.before]
-        modality += [TEXT] * len(document.before)
-        item += [0] * len(document.before)
+        say(document.before)
         for i, image in enumerate(document.images):
             pixels[len(modality) : len(modality) + PATCHES] = images.patches(image)
             words += [0] * PATCHES
             modality += [IMAGE] * PATCHES
             item += [i + 1] * PATCHES
-        kind += [0] * (len(words) - len(kind)) + [kinds.get(place, 0) for place in range(len(document.after))]
-        words += [WORD_ID[w] for w in document.after]
-        modality += [TEXT] * len(document.after)
-        item += [0] * len(document.after)
+        for answer in document.answers:
+            word = document.other(answer)
+            number = 0 if answer.image is None else answer.image + 1
+            answers[len(words) + answer.place] = (KINDS[answer.kind], number, -1 if word is None else WORD_ID[word])
+        say(document.after)
         bounds.append(len(modality))
     is_text = torch.tensor(modality) == TEXT
     is_text[bounds[:-1]] = False  # nothing comes before a document's first token
     source = is_text[1:].nonzero()[:, 0]
     word_ids = torch.tensor(words)
+    kind, asked, other = torch.tensor([answers.get(int(t) + 1, (0, 0, -1)) for t in source]).view(-1, 3).unbind(1)
     layout = segment_modalities(
         torch.tensor(modality),
         num_modalities=len(MODALITIES),
@@ -199,14 +208,17 @@ def pack(documents: Sequence[Document], images: Images) -> Batch:
         layout,
         word_ids,
         torch.from_numpy(pixels),
+        torch.tensor(item),
         source,
         word_ids[source + 1],
-        torch.tensor(kind)[source + 1],
+        kind,
+        asked,
+        other,
         tuple(documents),
     )
 
 
-def batches(stream: Iterator[Document], images: Images, tokens: int) -> Iterator[Batch]:
+def batches(stream: Iterable[Document], images: Images, tokens: int) -> Iterator[Batch]:
     """As many documents as fit into `tokens`, again and again, until the stream ends."""
     taken: list[Document] = []
     for document in stream:
