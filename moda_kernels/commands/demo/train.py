@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moda_kernels import backends
+from moda_kernels.alignment.maps import align_keys
 from moda_kernels.alignment.training import parameter_groups
 from moda_kernels.attention import moda_attention
 from moda_kernels.call import AttentionCall
@@ -126,12 +127,14 @@ class Shares:
         share: ``[M][M]`` each, query modality to key modality. disparity: ``[M]`` each. signed: ``[M]`` each, log₂ of
             the attention per visible key of the own modality over that of the other.
         asked: of the rows that give an answer about an image: the attention to that image, and to the other one.
+        length: the mean of ‖k'‖ / ‖k‖ over the image tokens; 1 without alignment.
     """
 
     share: list[list[list[float]]]
     disparity: list[list[float]]
     signed: list[list[float]]
     asked: list[tuple[float, float]] = field(default_factory=list)
+    length: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -295,7 +298,10 @@ def _weights(layer: LayerTrace, value: Tensor, batch: Batch, mask: ModularMask, 
 def attention_between(model: Decoder, held_out: Sequence[Batch], backend: str | None) -> Shares:
     """Attention between modalities, and from answers to images, in each layer over the held-out documents."""
     mask = model.variant.mask
-    shares, disparities, signed, asked = ([[] for _ in model.layers] for _ in range(4))  # type: ignore[var-annotated]
+    shares, disparities, signed, asked, lengths = (
+        [[] for _ in model.layers]
+        for _ in range(5)  # type: ignore[var-annotated]
+    )
     for batch in held_out:
         answers = batch.asked > 0
         items = F.one_hot(batch.item, 3).to(batch.pixels.dtype)  # text, first image, second image
@@ -307,12 +313,20 @@ def attention_between(model: Decoder, held_out: Sequence[Batch], backend: str | 
             disparities[i].append(found.difference)
             signed[i].append((found.own / found.cross).log2())
             rows = _weights(layer, items, batch, mask, backend)[batch.source[answers]]
+            fused = layer.key if layer.key_map is None else align_keys(layer.key, layer.key_map, batch.layout)
+            lengths[i].append((fused.norm(dim=-1) / layer.key.norm(dim=-1))[batch.item > 0])
             to_asked = rows.gather(1, batch.asked[answers][:, None])[:, 0]
             asked[i].append(torch.stack((to_asked, rows[:, 1:].sum(1) - to_asked), 1))
     share, disparity, ratio = (
         [torch.cat(layer).nanmean((0, 1)).tolist() for layer in x] for x in (shares, disparities, signed)
     )
-    return Shares(share, disparity, ratio, [tuple(torch.cat(layer).mean(0).tolist()) for layer in asked])
+    return Shares(
+        share,
+        disparity,
+        ratio,
+        [tuple(torch.cat(layer).mean(0).tolist()) for layer in asked],
+        [float(torch.cat(layer).mean()) for layer in lengths],
+    )
 
 
 @torch.no_grad()
