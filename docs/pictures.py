@@ -1,6 +1,6 @@
-"""Draws the masks of docs/masks.md: `python docs/pictures.py` runs its Python and writes docs/pictures/*.svg.
+"""Draws what the pages show, with the package's own drawings: `python docs/pictures.py` writes docs/pictures/*.svg.
 
-Each example ends with a `layout` and a `mask`; its picture is named after the heading above it.
+Each example of docs/masks.md ends with a `layout` and a `mask`; its picture is named after the heading above it.
 """
 
 import re
@@ -8,16 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import moda_kernels as mk
+from moda_kernels.tokens import drawing
 
 DOCS = Path(__file__).parent
 PAGE = DOCS / "masks.md"
 PICTURES = DOCS / "pictures"
-
-CELL, STRIP, GAP = 12, 7, 3
-KEYS = ("#4c78a8", "#f58518", "#54a24b")  # by modality
-ROLES = ("#bab0ac", "#b279a2", "#72b7b2")
-NOTHING = "#eeeeee"
 
 
 def examples(text: str) -> Iterator[tuple[str, str, int]]:
@@ -30,35 +28,6 @@ def examples(text: str) -> Iterator[tuple[str, str, int]]:
             yield name, found[2], text.count("\n", 0, found.start(2)) + 1
 
 
-def draw(mask: mk.ModularMask, layout: mk.ModalityLayout) -> str:
-    """Rows are queries, columns keys, coloured by the key's modality; strips name modalities and, if given, roles."""
-    packed = layout.packed
-    seen = mask.visible(layout)
-    seen = seen if packed else seen[0]
-    length = seen.shape[0]
-    modality, role = (x.view(-1)[:length].tolist() for x in (layout.modality, layout.role))
-    strips = [[KEYS[m % len(KEYS)] for m in modality]]
-    if layout.own_roles:
-        strips.append([ROLES[r % len(ROLES)] for r in role])
-    edge = len(strips) * (STRIP + 1) + GAP
-    size = edge + length * CELL
-    boxes: dict[str, list[str]] = {}  # a path for each colour
-
-    def box(x: int, y: int, width: int, height: int, colour: str) -> None:
-        boxes.setdefault(colour, []).append(f"M{x} {y}h{width - 1}v{height - 1}h{1 - width}z")
-
-    for depth, colours in enumerate(strips):
-        for i, colour in enumerate(colours):
-            box(edge + i * CELL, depth * (STRIP + 1), CELL, STRIP + 1, colour)
-            box(depth * (STRIP + 1), edge + i * CELL, STRIP + 1, CELL, colour)
-    for i in range(length):
-        for j in range(length):
-            colour = KEYS[modality[j] % len(KEYS)] if bool(seen[i, j]) else NOTHING
-            box(edge + j * CELL, edge + i * CELL, CELL, CELL, colour)
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{size}" height="{size}" viewBox="0 0 {size} {size}">'
-    return "\n".join([head, *(f'<path fill="{c}" d="{"".join(d)}"/>' for c, d in boxes.items()), "</svg>", ""])
-
-
 def pictures(text: str) -> dict[str, str]:
     """The SVG of every example of the page, by name."""
     made: dict[str, str] = {}
@@ -67,11 +36,36 @@ def pictures(text: str) -> dict[str, str]:
         namespace.pop("mask", None)
         exec(compile("\n" * (line - 1) + code, PAGE, "exec"), namespace)
         if "mask" in namespace:
-            made[name] = draw(namespace["mask"], namespace["layout"])
+            made[name] = namespace["mask"].draw(namespace["layout"]).svg
     return made
+
+
+def overview() -> str:
+    """One sequence of text and images, and four masks over it."""
+    see = mk.Visibility
+    runs = ((0, 4), (1, 5), (0, 3), (1, 5), (0, 3))
+    ids = torch.tensor([[modality for modality, count in runs for _ in range(count)]])
+    layout = mk.segment_modalities(ids)
+    text_rules = [see.PAST, see.PAST]
+    masks = {
+        "causal\nLLaVA, Qwen-VL": mk.ModularMask.causal(2),
+        "images see themselves whole\nGemma 3": mk.ModularMask.bidirectional_within(2, [1]),
+        "the same, in a window\nGemma 3, sliding layers": mk.ModularMask(
+            [text_rules, [see.PAST, see.PAST | see.SEGMENT]], window=8, window_on="all"
+        ),
+        "all images see each other\nMolmo 2": mk.ModularMask([text_rules, [see.PAST, see.PAST | see.ALL]]),
+    }
+    grids = drawing.beside([mask.draw(layout) for mask in masks.values()], list(masks))
+    strip = layout.draw(["text", "image"])
+    return drawing.padded(drawing.above([strip, grids], gap=16)).svg
+
+
+def everything() -> dict[str, str]:
+    """All pictures by name."""
+    return {"overview": overview()} | pictures(PAGE.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":
     PICTURES.mkdir(exist_ok=True)
-    for picture, svg in pictures(PAGE.read_text(encoding="utf-8")).items():
+    for picture, svg in everything().items():
         (PICTURES / f"{picture}.svg").write_text(svg, encoding="utf-8")

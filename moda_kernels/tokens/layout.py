@@ -7,8 +7,9 @@ results.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any, TypeVar
 
 import torch
@@ -16,9 +17,13 @@ from torch import Tensor
 
 from moda_kernels import products
 from moda_kernels.runtime import checks
+from moda_kernels.tokens import drawing
+from moda_kernels.tokens.drawing import Drawing
 
 T = TypeVar("T")
 
+#: Sequences that are drawn at most.
+MAX_STRIPS = 8
 STEPS_EXPECTED = "int32 numbers that never fall along the tokens of one role of a sequence"
 
 
@@ -197,6 +202,36 @@ class ModalityLayout:
             return _query_rows(self, query_length, query_start, cu_seqlens_q)
         key = ("queries", query_length, query_start)
         return self.remember(key, lambda: _query_rows(self, query_length, query_start, None))
+
+    def draw(self, names: Sequence[str] | None = None) -> Drawing:
+        """The sequences as strips of their segments (the first eight of them), as a drawing that shows itself in a
+        notebook and can be saved. Waits for the device.
+
+        Args:
+            names: of the M modalities, for the legend. Default: their numbers.
+
+        Raises:
+            ValueError: another number of names.
+        """
+        if names is not None and len(names) != self.num_modalities:
+            raise checks.wrong_value("names", f"{self.num_modalities} names", f"{len(names)}")
+        shown = min(self.num_sequences, MAX_STRIPS)
+        bounds = self.cu_seqlens[: shown + 1].tolist()
+        roles = self.role.flatten().cpu() if self.own_roles else None
+        rows: list[tuple[str, int, list[tuple[int, int, int, int | None]]]] = [
+            (f"{'document' if self.packed else 'row'} {n}", bounds[n + 1] - bounds[n], []) for n in range(shown)
+        ]
+        for sequence, start, length, modality in self.segments().tolist():
+            if sequence < shown:
+                first = start if self.packed else start + bounds[sequence]
+                role = None if roles is None else int(roles[first])
+                rows[sequence][2].append((first - bounds[sequence], length, modality, role))
+        counts = self.counts.sum(0).tolist()
+        called = list(names) if names is not None else [f"modality {m}" for m in range(self.num_modalities)]
+        return drawing.segments(rows, called, [f"{name}: {n} tokens" for name, n in zip(called, counts, strict=True)])
+
+    def _repr_html_(self) -> str:
+        return f"<div>{escape(repr(self))}</div>{self.draw().svg}"
 
     def __repr__(self) -> str:
         kind = f"packed, {self.num_sequences} documents, {self.num_tokens} tokens"

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from moda_kernels.runtime import checks
+from moda_kernels.tokens.drawing import Drawing
 from moda_kernels.tokens.intervals import Visibility, count_keys, mask_intervals, visible_keys
 from moda_kernels.tokens.layout import ModalityLayout, QueryRows
-from moda_kernels.tokens.show import picture, rule_table
+from moda_kernels.tokens.show import draw, picture, rule_html, rule_table
 
 __all__ = ["ModularMask", "Visibility"]
 
@@ -122,6 +123,26 @@ class ModularMask:
             ValueError: the layout has another number of roles, or no such sequence.
         """
         return picture(self, layout, sequence, width)
+
+    def draw(self, layout: ModalityLayout, sequence: int = 0, width: int = 64) -> Drawing:
+        """Who sees whom in one sequence, as a drawing that shows itself in a notebook and can be saved.
+
+        Args:
+            layout: the tokens. sequence: which of its sequences.
+            width: cells in a row at most; in a longer sequence a cell stands for several tokens, and is the paler the
+                fewer of its pairs are seen.
+
+        Returns:
+            A drawing with ``svg`` and ``save(path)``: a row per query, a column per key in the colour of its modality;
+            strips along the edges are modalities and, if the layout has them, roles.
+
+        Raises:
+            ValueError: as :meth:`show`.
+        """
+        return draw(self, layout, sequence, width)
+
+    def _repr_html_(self) -> str:
+        return rule_html(self)
 
     def check_layout(self, layout: ModalityLayout) -> None:
         """Raise a ValueError where the layout has another number of roles."""

@@ -294,14 +294,16 @@ def _weights(layer: LayerTrace, value: Tensor, batch: Batch, mask: ModularMask, 
     return out.mean(1)
 
 
+def _none(model: Decoder) -> list[list[Tensor]]:
+    """A list for each layer."""
+    return [[] for _ in model.layers]
+
+
 @torch.no_grad()
 def attention_between(model: Decoder, held_out: Sequence[Batch], backend: str | None) -> Shares:
     """Attention between modalities, and from answers to images, in each layer over the held-out documents."""
     mask = model.variant.mask
-    shares, disparities, signed, asked, lengths = (
-        [[] for _ in model.layers]
-        for _ in range(5)  # type: ignore[var-annotated]
-    )
+    shares, disparities, signed, asked, lengths = [_none(model) for _ in range(5)]
     for batch in held_out:
         answers = batch.asked > 0
         items = F.one_hot(batch.item, 3).to(batch.pixels.dtype)  # text, first image, second image
