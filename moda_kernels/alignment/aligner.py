@@ -102,7 +102,7 @@ class DuplexAligner(nn.Module):
         if self.ratio is not None:
             self.ratio.zero_()
         if self.weight is not None:
-            identity = torch.eye(self.head_dim, self.weight.shape[-1])
+            identity = torch.eye(self.head_dim, self.weight.shape[-1], device=self.weight.device)
             self.weight.copy_(identity.expand_as(self.weight))
 
     def forward(

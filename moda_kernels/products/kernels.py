@@ -23,7 +23,7 @@ from torch import Tensor
 from moda_kernels.products import configs
 from moda_kernels.runtime.aot import Build
 from moda_kernels.runtime.gpu import interpreted
-from moda_kernels.runtime.launch import ARCHITECTURES, Launch, architecture, find, float32_dots, padded
+from moda_kernels.runtime.launch import ARCHITECTURES, Launch, architecture, find, float32_dots, launch, padded
 
 #: The largest head size.
 MAX_DIM = 256
@@ -317,18 +317,19 @@ def segment_gram(
     partial = (
         out if atomics else torch.empty((min(slots, pieces.shape[0]), *shape[1:]), dtype=torch.float32, device=x.device)
     )
-    with torch.cuda.device_of(x):
-        _segment_gram_kernel[(pieces.shape[0] * triton.cdiv(d, bd) * triton.cdiv(e, be), heads)](
-            x, y, order, pieces, out, partial, length, heads, *x_strides, *y_strides,
-            D=d, E=e, BT=config.block_t, BD=bd, BE=be,
-            SAME=config.load_once and eps is None and y is x and bd >= d and be >= e,
-            EPS=eps, ATOMIC=atomics, PRECISION=float32_dots(),
-            num_warps=config.num_warps, num_stages=config.num_stages,
+    launch(
+        _segment_gram_kernel, (pieces.shape[0] * triton.cdiv(d, bd) * triton.cdiv(e, be), heads), x.device,
+        x, y, order, pieces, out, partial, length, heads, *x_strides, *y_strides,
+        D=d, E=e, BT=config.block_t, BD=bd, BE=be,
+        SAME=config.load_once and eps is None and y is x and bd >= d and be >= e,
+        EPS=eps, ATOMIC=atomics, PRECISION=float32_dots(),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    if not atomics:
+        launch(
+            _sum_slots_kernel, (num_groups * triton.cdiv(d * e, SUM_BLOCK), heads), x.device,
+            partial, groups, out, heads, SIZE=d * e, BLOCK=SUM_BLOCK,
         )  # fmt: skip
-        if not atomics:
-            _sum_slots_kernel[(num_groups * triton.cdiv(d * e, SUM_BLOCK), heads)](
-                partial, groups, out, heads, SIZE=d * e, BLOCK=SUM_BLOCK
-            )
     return out
 
 
@@ -365,14 +366,14 @@ def segment_project(
     # Pieces as if none shared its group, since how full they are is not known on the host.
     used = min(pieces.shape[0], order.numel())
     splits = max(1, min(order.numel() // (used * config.block_t), PROGRAMS // (used * heads * tiles)))
-    with torch.cuda.device_of(x):
-        _segment_project_kernel[(pieces.shape[0] * splits * tiles, heads)](
-            x, matrix, other, order, pieces, out, length, heads, splits,
-            *x_strides, *matrix.stride(), *other.stride(),
-            D=d, E=e, BT=config.block_t, BD=padded(d), BE=be, KEEP=keep,
-            EPS=None if unit_matrix is None else eps, PRECISION=float32_dots(),
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
+    launch(
+        _segment_project_kernel, (pieces.shape[0] * splits * tiles, heads), x.device,
+        x, matrix, other, order, pieces, out, length, heads, splits,
+        *x_strides, *matrix.stride(), *other.stride(),
+        D=d, E=e, BT=config.block_t, BD=padded(d), BE=be, KEEP=keep,
+        EPS=None if unit_matrix is None else eps, PRECISION=float32_dots(),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
     return out
 
 

@@ -1,4 +1,4 @@
-"""What every kernel is launched with, and how tables of configurations are read.
+"""What every kernel is launched with and how, and how tables of configurations are read.
 
 A kernel kind has a frozen dataclass (a `Launch` with its block sizes) and a table: architecture → bits of the numbers
 that its dots multiply → the largest head size that an entry is for → entry.
@@ -6,7 +6,7 @@ that its dots multiply → the largest head size that an entry is for → entry.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,6 +22,18 @@ class Launch:
 
     num_warps: int
     num_stages: int
+
+
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **named: Any) -> Any:
+    """Launch a Triton kernel on the device of its tensors, whichever device is current: the one place that launches.
+
+    Returns:
+        What the launch returns: the compiled kernel (the interpreter: None).
+    """
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return kernel[grid](*arguments, **named)
+    with torch.cuda.device(device):
+        return kernel[grid](*arguments, **named)
 
 
 def architecture(device: torch.device) -> int:

@@ -27,7 +27,7 @@ from moda_kernels.backends.triton.kernels.backward_query import (
 from moda_kernels.backends.triton.kernels.forward import ForwardTensors, attention_forward
 from moda_kernels.backends.triton.kernels.primitives import Extras
 from moda_kernels.backends.triton.plan import Facts, PassNumbers
-from moda_kernels.runtime.launch import float32_dots, padded
+from moda_kernels.runtime.launch import float32_dots, launch, padded
 from moda_kernels.tokens.walks import KeyWalk, QueryWalk
 
 LOG2E = 1.4426950408889634
@@ -69,7 +69,8 @@ def forward(
     split, tiles, numbers = weights is not None, QueryWalk(*walk), PassNumbers.read(passes)
     mask, mask_kind, mask_strides = mask_arguments(attn_mask, q, k)
     unit = unit_of(q, k, v, out, *([parts] if split else []))
-    attention_forward[(tiles.tiles.shape[0] * q.shape[1],)](
+    launch(
+        attention_forward, (tiles.tiles.shape[0] * q.shape[1],), q.device,
         ForwardTensors(q, k, v, out, parts, lse),
         Extras(bias, mask, weights, base, decay, count, fault, *matrices(matrix, q)),
         **_where(facts, tiles, numbers, q, k), width=tiles.key_lists.shape[1],
@@ -146,7 +147,8 @@ def backward(
     of_branch = out[0] if split else out
     unit = unit_of(q, k, v, do, dq, dk, dv, out)
 
-    attention_row_sums[(tiles.tiles.shape[0], heads)](
+    launch(
+        attention_row_sums, (tiles.tiles.shape[0], heads), q.device,
         RowTensors(out, do, lse, dlse, delta, norm, sums), extras, Facts(*facts).row_modality, tiles.tiles,
         **strides("o", of_branch, unit), s_or=out.stride(0) // unit if split else 0, **strides("do", do, unit),
         **lse_strides("l", lse, q), **lse_strides("dl", dlse, q), s_dlt=dlse.stride(-2 if split else -1),
@@ -158,12 +160,14 @@ def backward(
         **bias_strides(bias), **mask_strides, "scale": scale * LOG2E, "SPLIT": split, "MASK": mask_kind,
         "PRECISION": float32_dots(),
     }  # fmt: skip
-    attention_backward_query[(tiles.tiles.shape[0] * heads,)](
+    launch(
+        attention_backward_query, (tiles.tiles.shape[0] * heads,), q.device,
         QueryTensors(q, k, v, do, dq, dbias, delta, norm), extras,
         **_where(facts, tiles, numbers, q, k), width=tiles.key_lists.shape[1], **strides("dq", dq, unit),
         modalities=numbers.modalities, AFFINE=numbers.affine, **_blocks(q, k, v, query_config, unit), **common,
     )  # fmt: skip
-    attention_backward_keys[(key_tiles.tiles.shape[0] * k.shape[1],)](
+    launch(
+        attention_backward_keys, (key_tiles.tiles.shape[0] * k.shape[1],), q.device,
         KeyTensors(q, k, v, do, dk, dv, row_sums), extras,
         **_where(facts, key_tiles, numbers, q, k), width=key_tiles.query_lists.shape[1],
         **strides("dk", dk, unit), **strides("dv", dv, unit), CHAINS=key_tiles.runs.shape[2] // 4 - 1,

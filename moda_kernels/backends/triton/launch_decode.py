@@ -7,7 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-from moda_kernels.backends.triton import launch
+from moda_kernels.backends.triton import launch as of_attention
 from moda_kernels.backends.triton.kernels.decode import (
     CombineTensors,
     DecodeTensors,
@@ -17,7 +17,7 @@ from moda_kernels.backends.triton.kernels.decode import (
 )
 from moda_kernels.backends.triton.kernels.primitives import Extras
 from moda_kernels.backends.triton.plan import Facts, PassNumbers
-from moda_kernels.runtime.launch import float32_dots, padded
+from moda_kernels.runtime.launch import float32_dots, launch, padded
 
 #: Programs per multiprocessor that the keys are split for: side by side where registers allow it, else in turn.
 PROGRAMS_PER_SM = 2
@@ -55,42 +55,45 @@ def decode(
     out, lse = decode_outputs(query, value, weights is not None)
     if out.numel() == 0 and lse.numel() == 0:
         return out, lse
-    q, k, v = (launch.rows_contiguous(x) for x in (query, key, value))
+    q, k, v = (of_attention.rows_contiguous(x) for x in (query, key, value))
     key_heads, split, of = k.shape[1], weights is not None, Facts(*facts)
     group, cells, branches = q.shape[1] // key_heads, tiles.shape[0] * key_heads, 2 if split else 1
     block_k, warps, stages = config
-    block_r, unit = padded(rows * group), launch.unit_of(q, k, v, out)
+    block_r, unit = padded(rows * group), of_attention.unit_of(q, k, v, out)
     numbers = PassNumbers.read(passes)
-    mask, mask_kind, mask_strides = launch.mask_arguments(attn_mask, q, k)
+    mask, mask_kind, mask_strides = of_attention.mask_arguments(attn_mask, q, k)
     shares = key_shares(cells * branches, k.shape[0] if k.dim() == 3 else k.shape[2], block_k, q.device)
     new = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
     sums, tops = new(branches, cells, shares, block_r, v.shape[-1]), new(branches, cells, shares, 2, block_r)
     sizes = {"D": q.shape[-1], "BLOCK_D": padded(q.shape[-1]), "GROUP": group, "BLOCK_R": block_r, "UNIT": unit}
     values = {"E": v.shape[-1], "BLOCK_E": padded(v.shape[-1])}
-    where = {"key_heads": key_heads, "query_length": launch.length_of(q), "p_tiles": tiles}
+    where = {"key_heads": key_heads, "query_length": of_attention.length_of(q), "p_tiles": tiles}
     extras = Extras(bias, mask, weights, base, decay, count, fault)
     turned = None
     if matrix is not None:
         turned = q.new_empty(numbers.modalities, cells, block_r, q.shape[-1])
         columns = TURN_COLUMNS[q.element_size() * 8]
-        rounded, rest = launch.matrices(matrix, q)
-        attention_decode_turn[(cells, numbers.modalities, triton.cdiv(q.shape[-1], columns))](
+        rounded, rest = of_attention.matrices(matrix, q)
+        launch(
+            attention_decode_turn, (cells, numbers.modalities, triton.cdiv(q.shape[-1], columns)), q.device,
             p_q=q, p_matrix=rounded, p_matrix_rest=rest, p_turned=turned, p_row_modality=of.row_modality,
-            **launch.strides("q", q, unit), **where, **sizes, BLOCK_C=columns, PRECISION=float32_dots(),
+            **of_attention.strides("q", q, unit), **where, **sizes, BLOCK_C=columns, PRECISION=float32_dots(),
             num_warps=4,
         )  # fmt: skip
-    attention_decode[(cells, shares, branches)](
+    launch(
+        attention_decode, (cells, shares, branches), q.device,
         DecodeTensors(q, turned, k, v, sums, tops), extras, of,
-        p_modalities=launch.on_device(numbers.of_pass, q.device),
-        **launch.strides("q", q, unit), **launch.strides("k", k, unit), **launch.strides("v", v, unit),
-        **launch.bias_strides(bias), **mask_strides, **where, key_length=launch.length_of(k),
+        p_modalities=of_attention.on_device(numbers.of_pass, q.device),
+        **of_attention.strides("q", q, unit), **of_attention.strides("k", k, unit), **of_attention.strides("v", v, unit),
+        **of_attention.bias_strides(bias), **mask_strides, **where, key_length=of_attention.length_of(k),
         first_passes=numbers.second, passes=numbers.passes, all_rows=of.row_modality.shape[0],
-        all_keys=of.key_modality.shape[0], scale=scale * launch.LOG2E, **sizes, **values, BLOCK_K=block_k,
+        all_keys=of.key_modality.shape[0], scale=scale * of_attention.LOG2E, **sizes, **values, BLOCK_K=block_k,
         INTERVALS=numbers.intervals, MASK=mask_kind, PRECISION=float32_dots(), num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    attention_decode_combine[(cells, rows * group)](
+    launch(
+        attention_decode_combine, (cells, rows * group), q.device,
         CombineTensors(sums, tops, out, lse), extras, of.row_modality,
-        **launch.strides("o", out, unit), **launch.lse_strides("l", lse, q), **where, shares=shares,
+        **of_attention.strides("o", out, unit), **of_attention.lse_strides("l", lse, q), **where, shares=shares,
         all_rows=of.row_modality.shape[0], UNIT=unit, **values, GROUP=group, BLOCK_R=block_r, SPLIT=split, num_warps=4,
     )  # fmt: skip
     return out, lse
@@ -98,7 +101,7 @@ def decode(
 
 def decode_outputs(query: Tensor, value: Tensor, split: bool) -> tuple[Tensor, Tensor]:
     """Room for output and lse."""
-    out, _, lse = launch.forward_outputs(query, value, split)
+    out, _, lse = of_attention.forward_outputs(query, value, split)
     return out, lse
 
 
