@@ -1,6 +1,6 @@
 """`moda_attention`: MODA attention behind the signature of torch's scaled_dot_product_attention."""
 
-from typing import Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,6 +9,7 @@ from moda_kernels import backends
 from moda_kernels.alignment.maps import KeyMap
 from moda_kernels.alignment.memory import DecodeState, LayerState
 from moda_kernels.call import AttentionCall
+from moda_kernels.runtime import sharded
 from moda_kernels.tokens.layout import ModalityLayout
 from moda_kernels.tokens.mask import ModularMask
 from moda_kernels.tokens.pseudo import PseudoAttention
@@ -95,7 +96,8 @@ def moda_attention(
     Shapes: N sequences (B rows, or documents), M modalities, Hq query heads, Hkv key heads (Hq a multiple of Hkv),
     D and E the key and value head sizes. Batch layouts take 4-D tensors (torch SDPA's shapes), packed layouts 3-D ones
     (FlashAttention's varlen shapes). query, key and value have one dtype (any floating-point one) and one device;
-    softmax, lse and Gram sums are computed in float32 (float64 for float64).
+    softmax, lse and Gram sums are computed in float32 (float64 for float64). All three may be DTensors sharded over
+    heads (tensor parallelism): then so are the results, and nothing is sent but gradients of what all heads share.
 
     Args:
         query: ``[B, Hq, Lq, D]``, packed ``[Tq, Hq, D]``.
@@ -142,6 +144,33 @@ def moda_attention(
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
+    heads = sharded.heads_of(query=query, key=key, value=value)
+    if heads is not None:
+        every = query.shape[1]
+        out, lse = moda_attention(
+            heads.local(query),
+            heads.local(key),
+            heads.local(value),
+            heads.own("attn_mask", attn_mask, -3, every),
+            dropout_p,
+            is_causal,
+            scale,
+            enable_gqa,
+            layout=layout,
+            mask=mask,
+            key_map=key_map,
+            pair_bias=heads.own("pair_bias", pair_bias, 1, every),
+            pseudo=own_pseudo(pseudo, heads, every),
+            duplex=duplex,
+            branch_weights=own_weights(branch_weights, heads, every),
+            query_start=query_start,
+            cu_seqlens_q=cu_seqlens_q,
+            state=state,
+            return_lse=True,
+            backend=backend,
+        )
+        out = heads.whole(out, 1)
+        return (out, heads.whole(lse, 0 if query.dim() == 3 else 1)) if return_lse else out
     call = AttentionCall.make(
         query,
         key,
@@ -164,3 +193,18 @@ def moda_attention(
     )
     out, lse = backends.choose(call, backend).attend(call)
     return (out, lse) if return_lse else out
+
+
+def own_pseudo(pseudo: PseudoAttention | None, heads: sharded.Heads, every: int) -> PseudoAttention | None:
+    """Of `every` query heads those that are here."""
+    if not isinstance(pseudo, PseudoAttention):
+        return pseudo
+    base, decay = (heads.own(name, x, 0, every) for name, x in pseudo.parameters.items())
+    return PseudoAttention(base, decay, pseudo.length)
+
+
+def own_weights(weights: Any, heads: sharded.Heads, every: int) -> Any:
+    """Of `every` query heads those that are here."""
+    if not isinstance(weights, tuple | list):
+        return weights
+    return tuple(heads.own("branch_weights", weight, 0, every) for weight in weights)

@@ -146,9 +146,12 @@ class DuplexAligner(aligner.DuplexAligner):
         layout: ModalityLayout | Tensor | None = None,
         *,
         state: DecodeState | LayerState | None = None,
+        parallel: aligner.Parallel | None = None,
     ) -> KeyMap:
         """A map that is applied by :meth:`fused_keys`; with a state made anew from all keys, which the cache has to
         hold."""
+        if parallel is not None:
+            raise NotImplementedError("parallel: the reference knows one process; use moda_kernels.DuplexAligner")
         if state is not None:
             memory = layer_of(state)
             layout = memory.layout_for(key, layout)

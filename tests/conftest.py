@@ -1,7 +1,8 @@
 """What all tests share: markers, seeds and the settings of the property tests."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -36,6 +37,25 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def two() -> Iterator[Any]:
+    """Two processes with gloo between them, for all tests that want some."""
+    yield from _ranks(2)
+
+
+@pytest.fixture(scope="session")
+def four() -> Iterator[Any]:
+    yield from _ranks(4)
+
+
+def _ranks(size: int) -> Iterator[Any]:
+    from ranks import Ranks
+
+    started = Ranks(size)
+    yield started
+    started.close()
 
 
 @pytest.fixture

@@ -4,7 +4,9 @@
 them; `modality_gram` and `gram_affinity` are for those who want the matrices themselves.
 """
 
+import copy
 from collections.abc import Iterable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +27,22 @@ from moda_kernels.alignment.maps import (
 )
 from moda_kernels.alignment.memory import DecodeState, LayerState, layer_of
 from moda_kernels.alignment.pieces import After, Pieces, counting_groups, mapped_modalities, pieces_of
-from moda_kernels.runtime import checks
+from moda_kernels.runtime import checks, sharded
 from moda_kernels.tokens.layout import ModalityLayout
 from moda_kernels.tokens.segments import as_layout
 
 SCOPES = ("sequence", "causal")
+
+
+class Parallel(Protocol):
+    """What knows the keys of other ranks: `moda_kernels.distributed.ContextParallel`."""
+
+    @property
+    def local_layout(self) -> ModalityLayout:
+        """Of this rank's keys."""
+
+    def map_for(self, aligner: "DuplexAligner", tokens: Tensor) -> KeyMap:
+        """The map of this rank's keys ``[B, n, Hkv, D]``, packed ``[n, Hkv, D]``, which have been checked."""
 
 
 class DuplexAligner(nn.Module):
@@ -111,14 +124,18 @@ class DuplexAligner(nn.Module):
         layout: ModalityLayout | Tensor | None = None,
         *,
         state: DecodeState | LayerState | None = None,
+        parallel: "Parallel | None" = None,
     ) -> KeyMap:
         """The map for these keys.
 
         Args:
-            key: ``[B, Hkv, L, D]``, packed ``[T, Hkv, D]``, after rotary embedding, any float dtype.
+            key: ``[B, Hkv, L, D]``, packed ``[T, Hkv, D]``, after rotary embedding, any float dtype; or a DTensor of
+                this shape, sharded over heads.
             layout: their layout (or modality ids ``[B, L]``).
             state: while decoding, ``state[i]`` of layer i in place of a layout (a whole :class:`DecodeState` stands
                 for its layer 0). ``key`` is then what the cache holds, not aligned; only new tokens' keys are read.
+            parallel: a :class:`moda_kernels.distributed.ContextParallel` in place of a layout: ``key`` is this rank's
+                shard, and the sums are those over all ranks (`aligner_map` says the same).
 
         Returns:
             A :class:`KeyMap`, differentiable in key and the parameters.
@@ -127,8 +144,16 @@ class DuplexAligner(nn.Module):
             ValueError, TypeError: keys, layout or state that don't fit each other or the aligner; a second call for the
                 same tokens of a state; a cache that no longer holds keys that sums are to be made of.
         """
+        heads = sharded.heads_of(key=key)
+        if heads is not None:
+            return self._of_heads(heads).forward(heads.local(key), layout, state=state, parallel=parallel)
         memory = None if state is None else layer_of(state)
-        if memory is not None:
+        if parallel is not None:
+            if layout is not None or memory is not None:
+                name = "layout" if memory is None else "state"
+                raise checks.wrong_value(name, "None together with parallel, which knows the layout", layout or state)
+            layout = parallel.local_layout
+        elif memory is not None:
             layout = memory.layout_for(key, layout)
         elif layout is None:
             raise checks.wrong_value("layout", "a ModalityLayout, modality ids, or state", None)
@@ -145,13 +170,24 @@ class DuplexAligner(nn.Module):
             raise checks.wrong_value("key", f"head size {self.head_dim}, as the aligner", key)
         for name, parameter in self.named_parameters():
             checks.same_device(f"the aligner's {name}", parameter, key.device, "key")
+        if parallel is not None:
+            return parallel.map_for(self, tokens)
         if memory is not None:
             return self._decode(key, layout, memory)
         if self.scope == "causal":
-            return self._causal_map(tokens, pieces_of(layout, self.aligned, self.source_roles))
+            return self.causal_map(tokens, pieces_of(layout, self.aligned, self.source_roles))
         grouping = counting_groups(layout, self.source_roles)
         gram = products.segment_gram(tokens, tokens, grouping).unflatten(0, tuple(layout.counts.shape))
-        return self._sequence_map(gram, layout, layout)
+        return self.sequence_map(gram, layout, mapped_modalities(layout, self.aligned, self.source_roles))
+
+    def _of_heads(self, heads: sharded.Heads) -> "DuplexAligner":
+        """This one for the heads that are here: all ranks' gradients come together in the parameters."""
+        twin = copy.copy(self)
+        own = twin.__dict__
+        own["_parameters"] = {name: heads.shared(getattr(self, name)) for name in ("ratio", "weight")}
+        for name in own["_parameters"]:
+            own.pop(name, None)
+        return twin
 
     def _decode(self, key: Tensor, layout: ModalityLayout, memory: LayerState) -> KeyMap:
         """The map from what is remembered and the new keys."""
@@ -164,17 +200,22 @@ class DuplexAligner(nn.Module):
             new, part = memory.new_tokens("key", key, begin, end)
         if not causal:
             gram = memory.add_keys(new, begin, end, sources, causal)
-            return self._sequence_map(gram, layout, memory.history.layout())
+            mapped = mapped_modalities(memory.history.layout(), self.aligned, sources)
+            return self.sequence_map(gram, layout, mapped)
         before, after = memory.before(), memory.after(part, begin, end, self.aligned, sources)
         if before is not None and not part.packed and end - begin == 1:
             fused = self._align_one(new, part, before, after)
         else:
-            fused = self._causal_map(new, pieces_of(part, self.aligned, sources, after), before).align(new, part)
+            fused = self.causal_map(new, pieces_of(part, self.aligned, sources, after), before).align(new, part)
         kept = memory.keep(fused, begin, key)
         memory.add_keys(new, begin, end, sources, causal)
         return KeptKeys(kept, layout)
 
-    def _causal_map(self, tokens: Tensor, pieces: Pieces, before: Tensor | None = None) -> CausalMap:
+    # For those who make the sums themselves.
+
+    def causal_map(self, tokens: Tensor, pieces: Pieces, before: Tensor | None = None) -> CausalMap:
+        """The map of the causal scope for keys ``[T, Hkv, D]`` or ``[B, L, Hkv, D]`` of these pieces, after tokens with
+        the sums `before` (see `CausalMap`)."""
         return CausalMap(
             tokens, pieces.layout, pieces, self.ratio, self.weight, self.fusion, self.norm, self.renorm, before=before
         )
@@ -198,12 +239,12 @@ class DuplexAligner(nn.Module):
                 fused = renormed(fused, wide)
         return torch.where(after.mapped[:, None, None], fused.to(tokens.dtype), tokens)
 
-    def _sequence_map(self, gram: Tensor, layout: ModalityLayout, whole: ModalityLayout) -> ModalityMap:
-        """The map from Gram sums ``[N, M, Hkv, D, D]`` over whole sequences, for keys of a layout."""
+    def sequence_map(self, gram: Tensor, layout: ModalityLayout, mapped: Tensor) -> ModalityMap:
+        """The map from Gram sums ``[N, M, Hkv, D, D]`` over whole sequences, for keys of a layout; mapped: bool
+        ``[N, M]``, whose keys."""
         with torch.autocast(gram.device.type, enabled=False):
             ratio, weight = (None if p is None else p.to(gram.dtype) for p in (self.ratio, self.weight))
             matrix = fused_matrix(normed(sum_of_others(gram), self.norm), ratio, weight, self.fusion)
-        mapped = mapped_modalities(whole, self.aligned, self.source_roles)
         identity = torch.eye(self.head_dim, dtype=gram.dtype, device=gram.device)
         matrix = torch.where(mapped[..., None, None, None], matrix, identity)
         return ModalityMap(matrix, mapped, None, layout, self.renorm)

@@ -6,7 +6,7 @@ from torch import Tensor
 from moda_kernels import products
 from moda_kernels.alignment.maps import NORMS, normed, token_major
 from moda_kernels.products.twin import compute_dtype
-from moda_kernels.runtime import checks
+from moda_kernels.runtime import checks, sharded
 from moda_kernels.tokens.layout import ModalityLayout
 from moda_kernels.tokens.segments import as_layout
 
@@ -16,6 +16,7 @@ def modality_gram(x: Tensor, y: Tensor, layout: ModalityLayout | Tensor, by: str
 
     Args:
         x: ``[B, H, L, D]``, packed ``[T, H, D]``. y: the same with size E (pass x twice for the Gram basis).
+            Both may be DTensors sharded over heads; then so is the result.
         layout: their layout (or modality ids ``[B, L]``).
         by: "modality" or "segment".
 
@@ -25,6 +26,11 @@ def modality_gram(x: Tensor, y: Tensor, layout: ModalityLayout | Tensor, by: str
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that don't fit.
     """
+    spread = sharded.heads_of(x=x, y=y)
+    if spread is not None:
+        mine = spread.local(x)
+        gram = modality_gram(mine, mine if y is x else spread.local(y), layout, by)
+        return spread.whole(gram, 2 if by == "modality" else 1)
     layout = as_layout(layout)
     checks.choice("by", by, ("modality", "segment"))
     xs = token_major("x", x, layout)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moda_kernels import products
 from moda_kernels.products.twin import compute_dtype
-from moda_kernels.runtime import checks
+from moda_kernels.runtime import checks, sharded
 from moda_kernels.tokens.layout import ModalityLayout
 from moda_kernels.tokens.segments import as_layout
 
@@ -275,7 +275,7 @@ def align_keys(key: Tensor, key_map: KeyMap, layout: ModalityLayout | Tensor) ->
     """The fused keys k', written out (MODA Eq. 6).
 
     Args:
-        key: ``[B, Hkv, L, D]``, packed ``[T, Hkv, D]``.
+        key: ``[B, Hkv, L, D]``, packed ``[T, Hkv, D]``, or a DTensor sharded over heads, as the map was made from.
         key_map: from a :class:`DuplexAligner` or :func:`released_key_map`, made with the same layout.
         layout: the keys' layout (or modality ids ``[B, L]``).
 
@@ -287,6 +287,9 @@ def align_keys(key: Tensor, key_map: KeyMap, layout: ModalityLayout | Tensor) ->
     """
     if not isinstance(key_map, KeyMap):
         raise checks.wrong_type("key_map", "a KeyMap (call the aligner on the keys)", key_map)
+    heads = sharded.heads_of(key=key)
+    if heads is not None:
+        return heads.whole(align_keys(heads.local(key), key_map, layout), 1)
     layout = as_layout(layout, key_map.num_modalities)
     tokens = token_major("key", key, layout)
     key_map.check(layout, *tokens.shape[-2:])

@@ -284,7 +284,11 @@ def judge(case: Case | Inputs, dtype: torch.dtype, backend: str, **options: Any)
     Raises:
         NotImplementedError: the backend can't run the case.
     """
-    result = run(case, dtype, backend, **options)
+    return judged(run(case, dtype, backend, **options), case, dtype, backend, **options)
+
+
+def judged(result: Result, case: Case | Inputs, dtype: torch.dtype, backend: str, **options: Any) -> list[Comparison]:
+    """`judge` of what a case gave on a backend, whoever ran it (in parts, say, on several processes)."""
     exact, usual = oracle(case, dtype, **options), eager(case, dtype, **options)
     kernel_errors: dict[str, float] = {}
     if backend in MADE_OF_SDPA and torch.device(options.get("device", "cpu")).type == "cpu":
