@@ -94,19 +94,19 @@ def job(dtype: torch.dtype, split: str, folder: str) -> None:
         total = 0.0
         for r in range(size if split == "data" else 1):
             x, layout = batch(number * 8 + r, dtype)
-            loss = alone(x, layout).float().square().mean() / (size if split == "data" else 1)
+            loss = alone(x, layout).double().square().mean() / (size if split == "data" else 1)
             loss.backward()
-            total += float(loss)
+            total += float(loss.detach())
         return total
 
     def by_all(number: int) -> float:
         x, layout = batch(number * 8 + (rank if split == "data" else 0), dtype)
         if split == "data":
-            loss = model(x, layout).float().square().mean()
+            loss = model(x, layout).double().square().mean()
         else:
             cp = md.ContextParallel(world(), layout, MASK)
             # FSDP averages over the ranks, and this rank's part of the loss is one of a sum.
-            loss = model(cp.shard(x, 1), layout, cp).float().square().sum() / x.numel() * size
+            loss = model(cp.shard(x, 1), layout, cp).double().square().sum() / x.numel() * size
         loss.backward()
         mean = loss.detach() / size
         dist.all_reduce(mean)

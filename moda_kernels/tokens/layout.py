@@ -82,11 +82,15 @@ class ModalityLayout:
     table: Tensor
     #: Where values are not looked at: how many ids, cu_seqlens, roles, steps are bad; int32 [4]. For `check`.
     faults: Tensor | None = None
-    _derived: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # No field: what walks through arguments (FSDP2, which looks for tensors with gradients) would follow it round
+        # and round.
+        object.__setattr__(self, "_derived", {})
 
     def remember(self, key: Any, make: Callable[[], T]) -> T:
         """What has been derived from this layout under `key`, made at the first call: all layers share a layout."""
-        return _remembered(self._derived, key, make)
+        return _remembered(self.__dict__["_derived"], key, make)
 
     @property
     def packed(self) -> bool:
@@ -258,11 +262,13 @@ class QueryRows:
     cu_seqlens: Tensor
     first_column: Tensor
     columns: Tensor
-    _derived: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_derived", {})
 
     def remember(self, key: Any, make: Callable[[], T]) -> T:
         """What has been derived from these rows under `key`, made at the first call."""
-        return _remembered(self._derived, key, make)
+        return _remembered(self.__dict__["_derived"], key, make)
 
     def of(self, per_token: Tensor, missing: int = -1) -> Tensor:
         """A per-token integer property of the keys, taken at the queries: shape ``shape``."""
