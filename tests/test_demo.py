@@ -264,7 +264,10 @@ def test_every_task_runs(task: str, tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_processes_change_nothing() -> None:
     plans = [Plan("which", variant, 3, 1, 2, quick=True) for variant in (PLAIN, MODA)]
-    for one, other in zip(runs.train_all(plans, 1), runs.train_all(plans, 2), strict=True):
+    ended: list[train.Run] = []
+    together = runs.train_all(plans, 2, ended.append)
+    assert sorted(map(id, ended)) == sorted(map(id, together))
+    for one, other in zip(runs.train_all(plans, 1), together, strict=True):
         assert dataclasses.replace(one, seconds=0) == dataclasses.replace(other, seconds=0)
 
 

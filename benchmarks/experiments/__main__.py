@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.experiments import page
 from benchmarks.experiments.plans import EXPERIMENTS, Experiment
 from moda_kernels.commands.bench.results import environment
-from moda_kernels.commands.demo.runs import jobs_here, train_all
+from moda_kernels.commands.demo.runs import train_all
 from moda_kernels.commands.demo.train import Plan, Run
 
 
@@ -60,17 +60,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(experiment: Experiment, seeds: int | None, jobs: int | None, out: Path) -> None:
-    """What is missing, in parts that are written down as they end."""
+    """What is missing, each model written down as it ends."""
     there = {(r["variant"], r["seed"]) for r in page.read(out) if r["experiment"] == experiment.name}
     plans: list[Plan] = [p for p in experiment.plans(seeds) if (p.variant.name, p.seed) not in there]
     where = environment()
-    jobs = jobs or (jobs_here(plans) if plans else 1)
-    part = 4 * jobs
-    for i in range(0, len(plans), part):
-        print(f"{experiment.name}: {i}/{len(plans)} models", flush=True)
-        runs = train_all(plans[i : i + part], jobs)
+
+    def write(run: Run) -> None:
         with out.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record(experiment, run, where), ensure_ascii=False) + "\n" for run in runs)
+            file.write(json.dumps(record(experiment, run, where), ensure_ascii=False) + "\n")
+
+    if plans:
+        print(f"{experiment.name}: {len(plans)} models", flush=True)
+        train_all(plans, jobs, write)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import queue
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
@@ -68,8 +68,13 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def train_all(plans: Sequence[Plan], jobs: int | None = None) -> list[Run]:
+def train_all(
+    plans: Sequence[Plan], jobs: int | None = None, ended: Callable[[Run], None] = lambda run: None
+) -> list[Run]:
     """Train all models; the runs, in the order of their plans. Results don't depend on the number of processes.
+
+    Args:
+        ended: is called with each run as soon as it is there.
 
     Raises:
         NotImplementedError: a named backend that can't run this.
@@ -78,9 +83,13 @@ def train_all(plans: Sequence[Plan], jobs: int | None = None) -> list[Run]:
     progress = Progress(sum(plan.all_steps for plan in plans))
     try:
         if jobs > 1:
-            return _in_processes(plans, jobs, progress)
+            return _in_processes(plans, jobs, progress, ended)
+        runs = []
         with one_thread():
-            return [train(plan, _teller(plan, progress.step)) for plan in plans]
+            for plan in plans:
+                runs.append(train(plan, _teller(plan, progress.step)))
+                ended(runs[-1])
+        return runs
     finally:
         progress.end()
 
@@ -89,16 +98,19 @@ def _teller(plan: Plan, step: Callable[[str], None]) -> Callable[[float], None]:
     return lambda loss: step(f"{plan.variant.name}, seed {plan.seed}: loss {loss:.2f}")
 
 
-def _in_processes(plans: Sequence[Plan], jobs: int, progress: Progress) -> list[Run]:
+def _in_processes(plans: Sequence[Plan], jobs: int, progress: Progress, ended: Callable[[Run], None]) -> list[Run]:
     context = get_context("spawn")
     told = context.Queue()
     with ProcessPoolExecutor(jobs, context, initializer=_begin, initargs=(told,)) as pool:
         futures = [pool.submit(_work, plan) for plan in plans]
+        waiting = dict.fromkeys(futures)
         try:
-            while not all(future.done() for future in futures):
+            while waiting:
                 with contextlib.suppress(queue.Empty):
                     progress.step(told.get(timeout=0.2))
-                _raise_first(futures)
+                for future in [future for future in waiting if future.done()]:
+                    del waiting[future]
+                    ended(future.result())  # or raises what it raised
             with contextlib.suppress(queue.Empty):
                 while True:
                     progress.step(told.get(timeout=0.05))
@@ -106,12 +118,6 @@ def _in_processes(plans: Sequence[Plan], jobs: int, progress: Progress) -> list[
             pool.shutdown(wait=False, cancel_futures=True)
             raise
         return [future.result() for future in futures]
-
-
-def _raise_first(futures: Sequence[Future[Run]]) -> None:
-    for future in futures:
-        if future.done():
-            future.result()
 
 
 def _begin(told: Any) -> None:
