@@ -16,7 +16,7 @@ INSTALLED := $(VENV)/.installed
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz lint format wheel compile-all sanitize clean extension python
+.PHONY: help demo test fuzz docs docs-packages lint format wheel compile-all sanitize clean extension python
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -33,6 +33,13 @@ test: extension ## run the tests
 
 fuzz: extension ## random calls against the reference: BACKEND=cpu, triton or reference; CALLS=500; SEED=0, of the first
 	@$(PY) -m moda_kernels.testing --backend $(or $(BACKEND),cpu) --seed $(or $(SEED),0) --calls $(or $(CALLS),500)
+
+docs: docs-packages ## build the documentation as a site into site/
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+
+docs-packages: $(INSTALLED)
+	@$(PY) -c 'import material, mkdocstrings_handlers.python' 2>/dev/null || \
+	    MODA_KERNELS_NO_EXTENSION=1 $(PY) -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[docs]'
 
 lint: $(INSTALLED) ## check style and types
 	$(PY) -m ruff check .
@@ -54,7 +61,7 @@ sanitize: extension ## run small attention on a GPU under compute-sanitizer's me
 	    compute-sanitizer --tool $$tool --error-exitcode 9 $(PY) -m pytest -q -m gpu tests/test_triton_gpu.py -k small || exit 1; done
 
 clean: ## remove what was built, and the environment
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	rm -f moda_kernels/*.so
 	find . -name __pycache__ -prune -exec rm -rf {} +
 

@@ -1,7 +1,8 @@
-"""The README's tables of results, made from result files only: `python -m benchmarks.readme` writes them.
+"""The tables of results in docs/performance.md, and the few rows in the README, made from result files only:
+`python -m benchmarks.readme` writes them.
 
-One table for the CPU, one for each GPU model that there are results of. A test fails where the README and the result
-files disagree.
+One table for the CPU, one for each GPU model that there are results of. A test fails where a page and the result files
+disagree.
 """
 
 import sys
@@ -13,6 +14,15 @@ from moda_kernels.commands.bench.results import Record
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "performance.md"
+#: Rows of the README: layout, length, dtype, pass, the peer, and what the layout is to somebody who doesn't know it.
+HIGHLIGHTS = (
+    ("llava-next", 8192, "float32", "forward+backward", "sdpa-bool", "a page of images and text, images whole"),
+    ("packed", 8192, "float32", "forward", "sdpa-bool", "many short documents in one row"),
+    ("llava-next", 4096, "float32", "forward", "eager-moda", "the same page, keys aligned"),
+    ("causal", 8192, "float32", "forward", "sdpa", "plain causal attention"),
+    ("causal", 16384, "float32", "decode", "sdpa-bool", "one new token beside a long cache"),
+)
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 OURS = {"cpu": "moda-cpu", "cuda": "moda-triton"}
 #: Columns: what stands against ours, and what the README calls it. Left out where nothing in the file has it.
@@ -58,7 +68,7 @@ def render(files: Mapping[Path, Sequence[Record]]) -> str:
         parts.append(f"**{name}**\n\n{_section(records, device)}")
         picture = path.with_suffix(".png")
         if picture.exists():
-            parts.append(f"![Useful GFLOP/s on {name}]({picture.relative_to(ROOT)})")
+            parts.append(f"![Useful GFLOP/s on {name}](../{picture.relative_to(ROOT)})")
     if not on_gpu:
         parts.append(NO_GPU)
     return "\n\n".join(parts)
@@ -180,16 +190,50 @@ def _ms(milliseconds: float) -> str:
     return f"{milliseconds:.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
 
 
-def updated(readme: str, table: str) -> str:
-    """The README with the table between its markers."""
-    before, rest = readme.split(BEGIN)
+def highlights(files: Mapping[Path, Sequence[Record]]) -> str:
+    """Markdown: a few rows of the CPU's results, where ours is slower among them."""
+    records = [record for records in files.values() for record in records if record["device"] == "cpu"]
+    rows = [["sequence", "tokens", "pass", "against", "factor"], ["---", "--:", "---", "---", "--:"]]
+    shown = []
+    for layout, length, dtype, measured, peer, said in HIGHLIGHTS:
+        cases: dict[int | None, dict[str, Record]] = {}
+        for r in records:
+            if (r["workload"]["name"], r["workload"]["length"], r["dtype"], r["pass"]) == (
+                layout,
+                length,
+                dtype,
+                measured,
+            ):
+                cases.setdefault(r["run"], {})[r["contestant"]] = r
+        ratio = next((found for case in cases.values() if (found := _ratio(case, peer, OURS["cpu"]))), "")
+        if ratio:
+            rows.append([said, f"{length:,}", PASSES[measured], PEERS[peer], ratio])
+            shown += [r for case in cases.values() for r in case.values()]
+    if not shown:
+        return "Not measured yet."
+    shape = shown[0]
+    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    heads = f"{shape['query_heads']} query and {shape['key_heads']} key heads of {shape['head_dim']}, {shape['dtype']}"
+    return f"{table}\n\n{heads}. {_machines(shown)}"
+
+
+def updated(text: str, table: str) -> str:
+    """A page with the table between its markers."""
+    before, rest = text.split(BEGIN)
     _, after = rest.split(END)
     return f"{before}{BEGIN}\n{table}\n{END}{after}"
 
 
+def pages() -> dict[Path, str]:
+    """What the pages with results have to say."""
+    files = read()
+    made = {PAGE: render(files), README: highlights(files)}
+    return {path: updated(path.read_text(encoding="utf-8"), table) for path, table in made.items()}
+
+
 def main() -> int:
-    path = ROOT / "README.md"
-    path.write_text(updated(path.read_text(encoding="utf-8"), render(read())), encoding="utf-8")
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
     return 0
 
 

@@ -83,9 +83,9 @@ def _around(found: dict[tuple[str, int, str, str], Record], ours: str) -> Iterat
     """Of layouts, alignment, decoding and memory."""
     for (layout, length, measured, contestant), r in found.items():
         where = f"{layout} {length}"
-        if measured == "segmentation + tile lists" and length == 32768:
+        if measured == "segmentation + tiles" and length == 32768:
             how = "graph" if r["graph"] else "NOT in a graph"
-            yield Target(f"segmentation + tile lists, ms ({how}), {where}", r["ms"]["median"], LISTS_MS, most=True)
+            yield Target(f"segmentation + tiles, ms ({how}), {where}", r["ms"]["median"], LISTS_MS, most=True)
         if measured == "alignment (sequence)" and length == 8192:
             forward = found.get((layout, length, "forward", ours))
             if forward:

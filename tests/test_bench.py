@@ -526,7 +526,7 @@ def test_a_wrong_piece_is_not_timed(monkeypatch: pytest.MonkeyPatch, environment
     monkeypatch.setattr(pieces, "mask_tiles", wrong_tiles)
     monkeypatch.setattr(pieces, "align_keys", lambda *arguments: true_align(*arguments) * 1.01)
     found = {r["pass"]: r for r in pieces.run_case(CASE, OPTIONS, environment)}
-    assert found["tile lists"]["reason"] == "other runs of keys than PyTorch's"
+    assert found["tiles"]["reason"] == "other runs of keys than PyTorch's"
     for name in pieces.PIECES[1:]:
         assert found[name]["status"] == "wrong" and "ms" not in found[name]
     assert found["segmentation"]["status"] == "ok"

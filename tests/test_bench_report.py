@@ -170,7 +170,7 @@ def test_the_command_writes_tables_results_and_a_picture_and_compares(
         ("full", "forward"), ("full", "decode"), ("packed", "forward"),
     }  # fmt: skip
     assert all(r["status"] == "ok" and r["dtype"] == "bfloat16" and r["query_heads"] == 4 for r in attention)
-    assert {r["pass"] for r in records} >= {"segmentation", "tile lists", "alignment (causal)"}
+    assert {r["pass"] for r in records} >= {"segmentation", "tiles", "alignment (causal)"}
     assert out.with_suffix(".png").stat().st_size > 5000
     printed = capsys.readouterr().out
     assert "full, L = 64, bfloat16, forward" in printed and "sdpa-cudnn: a CUDA kernel" in printed
@@ -259,7 +259,7 @@ def test_targets_are_met_or_short(measured: list[Record]) -> None:
         line.startswith("SHORT visible FLOP/s, llava-next / causal, 96 forward") for line in said
     )
     assert not list(targets.targets(found)), "short sequences have no targets"
-    piece = found[0] | {"pass": "segmentation + tile lists", "contestant": "moda", "graph": True}
+    piece = found[0] | {"pass": "segmentation + tiles", "contestant": "moda", "graph": True}
     piece["workload"] = found[0]["workload"] | {"length": 32768}
     (lists,) = targets.targets([piece | {"ms": {"median": 0.04}}])
     assert lists.met and "graph" in lists.name and "<= 0.05" in str(lists)

@@ -46,8 +46,31 @@ def test_names_and_links(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert not {name for name in re.findall(r"\bmk\.(\w+)", text) if not hasattr(mk, name)}
     for target in re.findall(r"\]\(([^)]+)\)", text):
-        if not target.startswith("https://"):
-            assert (page.parent / target).exists(), target
+        if not target.startswith(("https://", "#")):
+            assert (page.parent / target.partition("#")[0]).exists(), target
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in sorted(DOCS.glob("*.md")) if p.name != "masks.md"], ids=lambda page: page.name
+)
+def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All blocks of a page, in order, in one namespace, as a reader would paste them; tracebacks name its lines."""
+    text = page.read_text(encoding="utf-8")
+    if "import transformers" in text and not all(map(importlib.util.find_spec, ("transformers", "sklearn"))):
+        pytest.skip("transformers is optional")
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for found in re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        line = text.count("\n", 0, found.start(1))
+        exec(compile("\n" * line + found[1], page, "exec"), namespace)
+    assert not list(tmp_path.iterdir()), "an example leaves files behind"
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    yaml = pytest.importorskip("yaml")
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    named = [target for entry in site["nav"] for target in entry.values()]
+    assert sorted(named) == sorted(page.name for page in DOCS.glob("*.md"))
 
 
 def test_what_the_code_cites_of_the_specification_is_there() -> None:

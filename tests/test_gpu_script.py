@@ -105,6 +105,6 @@ def test_microbenchmarks_are_collected_only_when_asked_for() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "benchmarks/test_attention.py::test_attention[llava-next-forward-moda-cpu]" in done.stdout
-    assert "benchmarks/test_attention.py::test_piece[packed-tile lists]" in done.stdout
+    assert "benchmarks/test_attention.py::test_piece[packed-tiles]" in done.stdout
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pytest"]["ini_options"]
     assert settings["testpaths"] == ["tests"]

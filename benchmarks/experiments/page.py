@@ -56,7 +56,8 @@ def table(records: Sequence[Record], experiment: Experiment) -> str:
             continue
         own = [r for r in records if r["experiment"] == experiment.name and r["variant"] == variant.name]
         mean = estimate(list(found[variant.name].values()))
-        row = [f"{variant.name}: {variant.label}", f"{100 * mean.mean:.1f} ± {100 * mean.half:.1f} %"]
+        spread = "" if math.isnan(mean.half) else f" ± {100 * mean.half:.1f}"
+        row = [f"{variant.name}: {variant.label}", f"{100 * mean.mean:.1f}{spread} %"]
         for name in (base, other):
             if name is not None:
                 same = variant.name == name or name not in found
@@ -67,8 +68,8 @@ def table(records: Sequence[Record], experiment: Experiment) -> str:
         row.append(", ".join(f"{np.mean([r['disparity'] for r in own], (0, 1))[m]:.0%}" for m in (0, 1)))
         row.append(f"{np.mean([r['loss'] for r in own]):.2f}")
         rows.append(row)
-    lines = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-    return f"{lines}\n\n{_note(records, experiment)}"
+    lines = "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n\n"
+    return f"{lines if len(rows) > 2 else ''}{_note(records, experiment)}"
 
 
 def _said(found: Estimate) -> str:
@@ -77,6 +78,8 @@ def _said(found: Estimate) -> str:
 
 def _note(records: Sequence[Record], experiment: Experiment) -> str:
     own = [r for r in records if r["experiment"] == experiment.name]
+    if not own:
+        return "Not measured yet."
     counts = {len({r["seed"] for r in own if r["variant"] == name}) for name in {r["variant"] for r in own}}
     seeds = " to ".join(str(n) for n in sorted({min(counts), max(counts)}))
     answers = next(iter(own[0]["accuracy"].values()))["answers"]
@@ -90,7 +93,9 @@ def machine(records: Sequence[Record]) -> str:
     said = {}
     for record in records:
         e = record["environment"]
-        said[f"{e['cpu']}, torch {e['torch']}, backend {record['backend']}, {e['date'][:10]}"] = None
+        said[f"{e['cpu']}, {e['cores']} cores, torch {e['torch']}, backend {record['backend']}, {e['date'][:10]}"] = (
+            None
+        )
     return "Machine: " + "; ".join(said) + "."
 
 

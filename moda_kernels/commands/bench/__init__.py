@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, help="of torch; default: torch's own")
     parser.add_argument("--seed", type=int, default=0, help="of layouts, inputs and order (default: 0)")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
-    parser.add_argument("--no-pieces", action="store_true", help="leave segmentation, tile lists and alignment out")
+    parser.add_argument("--no-pieces", action="store_true", help="leave segmentation, tiles and alignment out")
     parser.add_argument("--tiny", action="store_true", help="64 tokens on the CPU: does it run?")
     parser.add_argument("--commit", help="of the code, where its folder has no git")
     parser.add_argument("--out", type=Path, default=Path("moda-bench.jsonl"), help="result file (default: %(default)s)")

@@ -1,4 +1,4 @@
-"""The parts around attention, each alone: segmentation, tile lists, both together, and the alignment of keys.
+"""The parts around attention, each alone: segmentation, tiles, both together, and the alignment of keys.
 
 On CUDA they are replayed from a captured graph, as in a captured training step: device time without launches. Each is
 checked before it is timed: layouts and lists against the PyTorch twins on the CPU, aligned keys against float64.
@@ -27,7 +27,7 @@ from moda_kernels.tokens.tiles import MaskTiles, mask_tiles
 from moda_kernels.tokens.walks import CHAINS, KeyWalk, QueryWalk, key_walk_torch, query_walk_torch, tile_sizes
 
 #: The alignment's pass is named by its scope. "Tile lists" is all of `MaskTiles`: so result files name it.
-PIECES = ("segmentation", "tile lists", "segmentation + tile lists", "alignment (sequence)", "alignment (causal)")
+PIECES = ("segmentation", "tiles", "segmentation + tiles", "alignment (sequence)", "alignment (causal)")
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def pieces(case: Case) -> dict[str, Piece]:
     workload, layout = case.workload, case.workload.layout
     made: dict[str, Piece] = {"segmentation": Piece(workload.segment, lambda found: _segments_fault(case, found))}
     queries = layout.queries()
-    made["tile lists"] = Piece(
+    made["tiles"] = Piece(
         lambda: mask_tiles(layout, workload.mask, *TILE, dataclasses.replace(queries)),  # which remember nothing
         lambda found: _tiles_fault(case, found),
     )
@@ -111,7 +111,7 @@ def pieces(case: Case) -> dict[str, Piece]:
         fresh = workload.segment()
         return fresh, mask_tiles(fresh, workload.mask, *TILE)
 
-    made["segmentation + tile lists"] = Piece(
+    made["segmentation + tiles"] = Piece(
         both, lambda found: _segments_fault(case, found[0]) or _tiles_fault(case, found[1])
     )
     tensors = case.tensors()
