@@ -1,6 +1,7 @@
 """Models of transformers with MODA: what `enable` leaves as it was, and decoding that equals full recompute."""
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -230,11 +231,10 @@ def test_each_call_is_a_full_pass_over_its_keys(
             return out, None
         released = {"value": value} if options.get("fusion") == "released" else {}
         key_map = module.moda_aligner(key, layout, **released)
-        window = more.get("sliding_window")
-        rules = module.moda_settings.mask.rules
+        tokens, rules = mask.made()  # the model's own mask; and how many tokens there are
+        tokens = dataclasses.replace(tokens, counts=layout.counts.sum(1, keepdim=True, dtype=torch.int32))
         full = mk.moda_attention(
-            query, key, value, layout=layout, mask=mk.ModularMask(rules, window, "past" if window is None else "all"),
-            key_map=key_map, enable_gqa=True,
+            query, mk.align_keys(key, key_map, layout), value, layout=tokens, mask=rules, enable_gqa=True,
             pseudo=module.moda_settings.pseudo, scale=more["scaling"],
             query_start=min(state.length, key.shape[2]) - query.shape[2],
         )  # fmt: skip

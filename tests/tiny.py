@@ -29,6 +29,27 @@ _SECTIONS = {
 }  # fmt: skip
 
 
+#: What a type needs beside, of its text part ("") or of another part.
+_MORE: dict[str, dict[str, dict[str, Any]]] = {
+    "gemma4": {"": {"per_layer_config": {"01": {"head_dim": 16}}, "hidden_size_per_layer_input": 4,
+                    "vocab_size_per_layer_input": 99}},
+    "gemma4_text": {"": {"per_layer_config": {"01": {"head_dim": 16}}, "hidden_size_per_layer_input": 4,
+                         "vocab_size_per_layer_input": 99}},
+    "molmo2": {"": {"rope_scaling_layers": [0, 1]}, "vision_config": {"image_size": [16, 16]},
+               "adapter_config": {"vision_feature_layer": [1, 0]}},
+    "llama4": {"": {"attention_chunk_size": 7, "layer_types": ["chunked_attention", "full_attention"]}},
+    "llama4_text": {"": {"attention_chunk_size": 7, "layer_types": ["chunked_attention", "full_attention"]}},
+    "chameleon": {"": {"vocabulary_map": {"<image>": 7}},
+                  "vq_config": {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1}},
+    "emu3": {"whole": {"vocabulary_map": {"<image>": 7}},
+             "vq_config": {"base_channels": 32, "hidden_size": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1}},
+    "voxtral": {"whole": {"audio_token_id": 7}},
+    "qwen3_5_text": {"": {"layer_types": ["linear_attention", "full_attention"]}},
+    "qwen3_5": {"": {"layer_types": ["linear_attention", "full_attention"]}},
+    "gpt_oss": {"": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}},
+}  # fmt: skip
+
+
 def _cut(given: dict[str, Any]) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for name, value in given.items():
@@ -38,7 +59,7 @@ def _cut(given: dict[str, Any]) -> dict[str, Any]:
             made[name] = _cut(value) if name.endswith(("config", "parameters", "scaling")) else value
         elif name in _SIZES and value is not None:
             made[name] = _SIZES[name]
-        elif name in ("image_token_id", "image_token_index"):
+        elif name in ("image_token_id", "image_token_index", "image_patch_id"):
             made[name] = IMAGE
         elif isinstance(value, int) and name.endswith(("token_id", "token_index")):
             made[name] = 10 + len(made) % 10
@@ -65,13 +86,21 @@ def config(model_type: str, **changes: Any) -> Any:
     if model_type in _SECTIONS:
         parameters = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": _SECTIONS[model_type]}
         text["rope_parameters"] = (text.get("rope_parameters") or {}) | parameters
-    text |= changes
+    more = _MORE.get(model_type, {})
+    text |= more.get("", {}) | changes
+    made |= more.get("whole", {})
+    for name, part in more.items():
+        if name.endswith("config"):
+            made[name] = made[name] | part
     return type(like)(**made)
 
 
 def automatic(made: Any) -> Any:
     """The model of a config: with pictures where the type has any, else with a head, else without."""
-    for auto in (transformers.AutoModelForImageTextToText, transformers.AutoModelForCausalLM):
+    for auto in (
+        transformers.AutoModelForImageTextToText, transformers.AutoModelForMultimodalLM,
+        transformers.AutoModelForCausalLM,
+    ):  # fmt: skip
         if type(made) in auto._model_mapping:
             return auto.from_config(made).eval()
     return transformers.AutoModel.from_config(made).eval()

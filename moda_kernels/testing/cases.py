@@ -458,6 +458,7 @@ CASES: tuple[Case, ...] = (
     Case("pseudo_no_decay", pseudo=_pseudo(decay=0.0)),
     Case("pseudo_fixed", _within, pseudo=_pseudo(40)),
     Case("pseudo_infinite", _ruled, pseudo=_pseudo(math.inf)),
+    Case("sink", _ruled, pseudo=_pseudo(math.inf, decay=64.0), padding=("left", "none")),
     Case("pseudo_split", _ruled, duplex="split", pseudo=_pseudo(), modalities=3),
     Case("pseudo_split_fixed", duplex="split", pseudo=_pseudo(30)),
     Case("pseudo_split_infinite", duplex="split", pseudo=_pseudo(math.inf)),

@@ -16,6 +16,9 @@ from moda_kernels.tokens.intervals import count_by_pass, passes_of
 from moda_kernels.tokens.layout import ModalityLayout, QueryRows
 from moda_kernels.tokens.mask import ModularMask
 
+#: A decay after which nothing is left in any precision: of endless scores only the first one counts.
+_ALONE = 64.0
+
 
 @dataclass(frozen=True, eq=False)
 class PseudoAttention:
@@ -38,6 +41,15 @@ class PseudoAttention:
 
     def __post_init__(self) -> None:
         self.check()
+
+    @classmethod
+    def sink(cls, base: float | Tensor) -> "PseudoAttention":
+        """One pseudo score in every row, whatever it sees: an attention sink, e^base in the softmax's sum.
+
+        Args:
+            base: a float, or a float tensor ``[Hq]`` (differentiable). With split attention each part has one.
+        """
+        return cls(base, _ALONE, math.inf)
 
     def check(self) -> None:
         """Raise for parameters out of range; learned ones may get there after they were first looked at."""

@@ -1,9 +1,11 @@
 """MODA in models of Hugging Face transformers: :func:`enable` a model, train it, `generate()` with it.
 
-`model.py` prepares a model and takes it back, `covered.py` knows which models may be, `ids.py` finds out which token is
-of which modality, `attention.py` is what transformers calls in each layer, `cache.py` keeps a `DecodeState` beside the
-KV cache, `released.py` loads the authors' weights. Where transformers is installed, importing this makes known to it
-the attention that enabled models are saved with.
+`model.py` prepares a model and takes it back, `families.py` is the table of models, `asked.py` reads the mask that a
+model asks for, `hooks.py` and `ids.py` find out which token is of which modality, `attention.py` is what transformers
+calls in each layer, `cache.py` keeps a `DecodeState` beside the KV cache, `released.py` loads the authors' weights.
+
+Where transformers is installed, importing this makes known to it ``attn_implementation="moda"``: a model's own mask on
+our backends, for any model whose mask rules can say, without aligners (which `enable` adds).
 """
 
 import contextlib

@@ -12,18 +12,16 @@ from torch import Tensor, nn
 from moda_kernels.alignment.aligner import DuplexAligner
 from moda_kernels.alignment.maps import FUSIONS
 from moda_kernels.alignment.released import ReleasedAligner
-from moda_kernels.integrations.transformers import attention as layers_
-from moda_kernels.integrations.transformers.attention import ALIGNER, MODEL, NAME, SETTINGS
-from moda_kernels.integrations.transformers.covered import refuse_unknown
-from moda_kernels.integrations.transformers.ids import FAMILIES, UNKNOWN
+from moda_kernels.integrations.transformers import hooks
+from moda_kernels.integrations.transformers.attention import ALIGNER, CONFIG, NAME, SETTINGS, LayerSettings, register
+from moda_kernels.integrations.transformers.families import FAMILIES, UNKNOWN, refuse_unknown
+from moda_kernels.integrations.transformers.hooks import MODEL, ModelSettings
 from moda_kernels.runtime import checks
 from moda_kernels.tokens.mask import ModularMask
 from moda_kernels.tokens.pseudo import PseudoAttention
 
 #: The oldest transformers with everything this needs.
 OLDEST = (5, 0)
-#: The entry of the model's config that says what its aligners are, saved with it.
-CONFIG = "moda"
 _HANDLES = "moda_handles"
 
 
@@ -41,13 +39,14 @@ def enable(
 ) -> Any:
     """Put MODA into a model of transformers, in place: its text layers align keys and attend by rules.
 
-    LLaVA, LLaVA-NeXT, Qwen2-VL, Qwen3-VL and Gemma 3 say themselves which token is what: 0 text, 1 image, 2 video
-    (Qwen). Others that are known, and calls with ``inputs_embeds``, run within ``with modality_ids(ids):``. A saved
-    model is loaded by ``from_pretrained`` without its aligners and refuses to run until it is enabled. Each attention
-    layer of the text model gets an aligner, ``….self_attn.moda_aligner``: in ``state_dict``, ``parameters`` and
-    ``save_pretrained``; for PEFT name it in ``modules_to_save``. Fresh aligners leave the model's outputs as they are.
-    The vision tower stays as it is. Padding of the attention mask is seen by nobody. Gram matrices of rotated keys know
-    absolute positions: a forward with padding on the left needs the ``position_ids`` that `generate` makes.
+    The models of `families.py` say themselves which token is what: 0 text, 1 image, 2 video (where there are any).
+    Plain decoders, and calls with ``inputs_embeds``, run within ``with modality_ids(ids):``. A saved model is loaded by
+    ``from_pretrained`` without its aligners and refuses to run until it is enabled. Each attention layer of the text
+    model gets an aligner, ``….self_attn.moda_aligner``: in ``state_dict``, ``parameters`` and ``save_pretrained``; for
+    PEFT name it in ``modules_to_save``. Fresh aligners leave the model's outputs as they are. The vision tower stays
+    as it is. Padding of the attention mask is seen by nobody. Packed rows (``position_ids`` that start again, without
+    an attention mask; or ``cu_seq_lens_q``) are their documents one by one. Gram matrices of rotated keys know absolute
+    positions: a forward with padding on the left needs the ``position_ids`` that `generate` makes.
 
     With the defaults `generate` (greedy, sampled, beams, assisted; dynamic, static, sliding caches) gives what a full
     pass over the same tokens gives. Not so for whole models with ``scope="sequence"`` or ``fusion="released"``, with
@@ -59,9 +58,8 @@ def enable(
         model: a `PreTrainedModel` (or a PEFT model around one), on any device.
         fusion, scope, renorm: as in :class:`moda_kernels.DuplexAligner`; "released" with ``scope="sequence"`` is the
             authors' variant (see :func:`load_released`).
-        mask: who sees whom. Default: what the model itself uses: causal; in Gemma 3, images that ``token_type_ids``
-            mark see themselves whole. A layer's sliding window, where it is shorter than the mask's, takes its
-            place and hides everything so far back.
+        mask: who sees whom. Default: what the model itself asks for, call by call. A layer's sliding window, where it
+            is shorter than the mask's, takes its place and hides everything so far back.
         pseudo: pseudo-attention for the layers with aligners. Its tensors are not saved with the model.
         layers: indices of the text layers that get aligners (and ``pseudo``, ``mask``). Default: all. The others attend
             as before.
@@ -74,8 +72,8 @@ def enable(
 
     Raises:
         ImportError: no transformers, or one older than 5.0.
-        NotImplementedError: a model whose own masks aren't known to be causal or sliding (Gemma 3's images aside), by
-            name: PaliGemma, Llama 4, Gemma 3n, Gemma 4, Kosmos-2 and whatever `covered.py` doesn't list; capped scores.
+        NotImplementedError: a model that isn't known to stay as it is, by name and with the line of `families.py` to
+            add; capped scores.
         TypeError, ValueError: not such a model, enabled already, unknown layers, a mask for another M, options other
             than those that its aligners were saved with, or no saved parameters found.
     """
@@ -125,25 +123,23 @@ def enable(
         if parameters is not None:
             _fill(aligners[index], index, parameters)
 
-    plain = (ModularMask.bidirectional_within(m, family.whole), ModularMask.causal(m))
     for index, module in attentions.items():
         own = index in aligners
         if own:
             module.add_module(ALIGNER, aligners[index])
             aligners[index].train(module.training)
-        masks = (mask, mask) if own and mask else plain
-        setattr(module, SETTINGS, layers_.LayerSettings(*masks, pseudo if own else None))
-    settings = layers_.ModelSettings(family, m, outer.config)
-    handles = [text.register_forward_pre_hook(layers_.before_text_model, with_kwargs=True)]
+        setattr(module, SETTINGS, LayerSettings(mask if own else None, pseudo if own else None))
+    settings = ModelSettings(family, m, outer.config)
+    handles = [text.register_forward_pre_hook(hooks.before_text_model, with_kwargs=True)]
     if outer is not text:
         setattr(outer, MODEL, settings)
-        handles.append(outer.register_forward_pre_hook(layers_.before_model, with_kwargs=True))
-        handles.append(outer.register_forward_hook(layers_.after_model, always_call=True))
+        handles.append(outer.register_forward_pre_hook(hooks.before_model, with_kwargs=True))
     setattr(text, MODEL, settings)
     setattr(text, _HANDLES, (handles, text.config._attn_implementation))
-    layers_.register()
+    register()
     text.set_attn_implementation(NAME)
-    setattr(base.config, CONFIG, saved)
+    for config in (base.config, text.config):
+        setattr(config, CONFIG, saved)
     for config, value in _asking(base, text):
         config.attn_implementation = value
     return model
@@ -172,7 +168,8 @@ def disable(model: Any) -> Any:
     if implementation == NAME:  # it was loaded as an enabled model, or made of such a one's config
         implementation = text.get_correct_attn_implementation(None, is_init_check=True)
     text.set_attn_implementation(implementation)
-    vars(base.config).pop(CONFIG, None)
+    for config in (base.config, text.config):
+        vars(config).pop(CONFIG, None)
     for config, _ in _asking(base, text):
         vars(config).pop("attn_implementation", None)
     return model
@@ -226,24 +223,30 @@ def _attention_layers(text: nn.Module) -> dict[int, Any]:
     found: dict[int, Any] = {
         int(module.layer_idx): module  # type: ignore[arg-type]
         for module in text.modules()
-        if all(hasattr(module, name) for name in ("layer_idx", "head_dim", "scaling", "k_proj"))
+        if all(hasattr(module, name) for name in ("layer_idx", "head_dim", "scaling", "q_proj"))
     }
-    if not found:
+    if not any(map(_makes_keys, found.values())):
         raise checks.wrong_value(
             "model", "attention layers of transformers' AttentionInterface (layer_idx, head_dim, k_proj)", f"{text!r}"
         )
     return dict(sorted(found.items()))
 
 
+def _makes_keys(module: nn.Module) -> bool:
+    """Whether a layer attends to keys of its own tokens: not to an image's, and not to another layer's."""
+    return hasattr(module, "k_proj") and "CrossAttention" not in type(module).__name__
+
+
 def _chosen(layers: Iterable[int] | None, attentions: Mapping[int, nn.Module]) -> list[int]:
     if layers is None:
-        return list(attentions)
+        return [index for index, module in attentions.items() if _makes_keys(module)]
     if isinstance(layers, int) or not isinstance(layers, Iterable):
         raise checks.wrong_type("layers", "an iterable of layer indices", layers)
     wanted = sorted(set(layers))
-    unknown = [index for index in wanted if index not in attentions]
+    known = [index for index, module in attentions.items() if _makes_keys(module)]
+    unknown = [index for index in wanted if index not in known]
     if unknown:
-        raise checks.wrong_value("layers", f"indices of {list(attentions)}", f"{unknown}")
+        raise checks.wrong_value("layers", f"indices of {known}", f"{unknown}")
     return wanted
 
 
