@@ -96,7 +96,8 @@ def of_vision_model(g: torch.Generator, family: str, kind: str) -> tuple[Tensor,
     module, config = gemma(family)
     ids, attention_mask = text_and_images(g)
     blocks = module.get_block_sequence_ids_for_mask(ids.clamp(min=0), torch.device("cpu"))
-    made = module.create_masks_for_vision_model(**arguments(config, attention_mask), block_sequence_ids=blocks)
+    # By place: the cache's name has changed (transformers 5.24).
+    made = module.create_masks_for_vision_model(*arguments(config, attention_mask).values(), blocks)
     return ids, theirs(made[kind])
 
 
