@@ -11,7 +11,7 @@ from moda_kernels.alignment.maps import KeyMap
 from moda_kernels.alignment.memory import DecodeState, LayerState, layer_of
 from moda_kernels.runtime import checks
 from moda_kernels.tokens.layout import ModalityLayout, QueryRows
-from moda_kernels.tokens.mask import ModularMask, Visibility
+from moda_kernels.tokens.mask import ModularMask, Visibility, default_mask
 from moda_kernels.tokens.pseudo import PseudoAttention
 from moda_kernels.tokens.segments import as_layout
 
@@ -102,7 +102,7 @@ class AttentionCall:
         queries = layout.queries(query.shape[0] if layout.packed else query.shape[2], query_start, cu_seqlens_q)
         replaceable = mask is None and not is_causal and pseudo is None
         if mask is None:
-            mask = (ModularMask.causal if is_causal else ModularMask.full)(layout.num_roles)
+            mask = default_mask(layout.num_roles, bool(is_causal))
         mask.check_layout(layout)
         if checks.is_causal_bias(attn_mask):
             rows = None if layout.packed else query.shape[2]
@@ -224,7 +224,7 @@ def _read_causal_bias(
     start = last if query_start is None else query_start
     if isinstance(start, int) and start == offset:  # row i stands in that column
         if replaceable:
-            return ModularMask.causal(layout.num_roles), None
+            return default_mask(layout.num_roles, True), None
         if not any(rule & ~Visibility.PAST for row in mask.rules for rule in row):
             return mask, None
     return mask, torch.ones(rows, keys, dtype=torch.bool, device=layout.device).tril(offset)

@@ -17,7 +17,7 @@ from moda_kernels.tokens.intervals import Visibility, count_keys, mask_intervals
 from moda_kernels.tokens.layout import ModalityLayout, QueryRows
 from moda_kernels.tokens.show import draw, picture, rule_html, rule_table
 
-__all__ = ["ModularMask", "Visibility"]
+__all__ = ["ModularMask", "Visibility", "default_mask"]
 
 
 @dataclass(frozen=True)
@@ -199,3 +199,17 @@ class ModularMask:
 
         batch, length = of_query.shape
         return create_block_mask(mask_mod, batch, None, length, of_key.shape[1], device=str(layout.device))
+
+
+def _default(num_roles: int, causal: bool) -> ModularMask:
+    return (ModularMask.causal if causal else ModularMask.full)(num_roles)
+
+
+#: Made once, and never while a compiler traces (torch 2.11 can't trace flags).
+_DEFAULTS = {(roles, causal): _default(roles, causal) for roles in range(1, 9) for causal in (False, True)}
+
+
+def default_mask(num_roles: int, causal: bool) -> ModularMask:
+    """The mask of a call that names none."""
+    known = _DEFAULTS.get((num_roles, causal))
+    return _default(num_roles, causal) if known is None else known
