@@ -53,7 +53,8 @@ class replace_sdpa(TorchFunctionMode):  # noqa: N801 - used as a function in a w
     Whatever is begun in the block belongs to it: what ``torch.utils.checkpoint`` (both kinds) computes again in the
     backward pass, threads that are started and work that is submitted to a ``ThreadPoolExecutor``. Work that was begun
     outside stays outside, also where its backward pass runs in the block. Functions under ``torch.compile`` run
-    uncompiled, since torch forgets modes where it compiles checkpointing.
+    uncompiled, since torch forgets modes where it compiles checkpointing. (Transforms of ``torch.func`` are replaced
+    in, but not within an ``autograd.Function`` there: torch turns modes off in it.)
 
     Args:
         layout: a ModalityLayout, or modality ids ``[B, L]``.
@@ -67,7 +68,7 @@ class replace_sdpa(TorchFunctionMode):  # noqa: N801 - used as a function in a w
 
     Raises:
         TypeError: an unknown option, ``within`` that isn't modules. Inside the block: what :func:`moda_attention`
-            raises. NotImplementedError: torch 2.14 or newer; a block within a compiled function. Inside the block:
+            raises. NotImplementedError: a block within a compiled function. Inside the block:
             ``torch.nn.DataParallel`` on several devices; calls within an ``autograd.Function`` (other checkpointing
             than torch's).
     """
@@ -76,12 +77,6 @@ class replace_sdpa(TorchFunctionMode):  # noqa: N801 - used as a function in a w
         self, *, layout: ModalityLayout | Tensor, within: nn.Module | Iterable[nn.Module] | None = None, **options: Any
     ) -> None:
         super().__init__()
-        if _APPLY is None:
-            raise NotImplementedError(
-                f"replace_sdpa: torch {torch.__version__} hides which autograd.Function is running, so calls with "
-                "gradients of their own could not be told apart; use torch 2.11 to 2.13, or call moda_attention in the "
-                "model"
-            )
         unknown = sorted(set(options) - set(_OPTIONS))
         if unknown:
             raise TypeError(f"replace_sdpa: expected options from {', '.join(_OPTIONS)}, got {', '.join(unknown)}")
@@ -294,24 +289,51 @@ def _nowhere() -> Iterator[None]:
 def _refuse_own_gradients() -> None:
     """A call within an autograd.Function gets its gradient from there: derived for plain attention, or from calls
     made again where no block reaches."""
-    if torch.is_grad_enabled():
-        return  # no such function is running
+    if torch.is_grad_enabled() or torch._C._is_fwd_grad_enabled():
+        return  # either is off while such a function is running
+    found = list(_running_functions())
+    # Not found: one whose forward is no Python function, or who else has switched both off.
+    unknown = not found and not torch.is_inference_mode_enabled()
+    for name, wanted in [("of an unknown name", True)] if unknown else found:
+        if wanted:
+            raise NotImplementedError(
+                f"replace_sdpa: an SDPA call within the autograd.Function {name}, which has gradients of its own; to "
+                "compute activations again use torch.utils.checkpoint, and leave others' checkpointing out with within="
+            )
+
+
+def _running_functions() -> Iterator[tuple[str, bool]]:
+    """The autograd.Functions whose forward is running, innermost first, and whether their gradients may be wanted."""
+    forwards = {getattr(f, "__code__", None): f.__qualname__.rpartition(".")[0] for f in _forwards_without_context()}
     frame = inspect.currentframe()
     while frame is not None:
-        if frame.f_code is _APPLY:
-            function, args = frame.f_locals["cls"], frame.f_locals["args"]
-            wanted = any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
-            if wanted and not issubclass(function, checkpointing.CheckpointFunction):
-                raise NotImplementedError(
-                    f"replace_sdpa: an SDPA call within the autograd.Function {function.__name__}, which has gradients "
-                    "of its own; to compute activations again use torch.utils.checkpoint, and leave others' "
-                    "checkpointing out with within="
-                )
+        code = frame.f_code
+        if code in forwards:
+            # It says of no argument whether its gradient is wanted, and may have other tensors in their names by now.
+            arguments = [frame.f_locals.get(name) for name in code.co_varnames[: code.co_argcount + 1]]
+            given = any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
+            yield forwards[code], given or not torch.is_inference_mode_enabled()
+        elif code.co_argcount:
+            context = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(context, _Context):
+                function = type(context)._forward_cls  # type: ignore[attr-defined]
+                yield function.__name__, any(context.needs_input_grad) and not issubclass(function, _CARRIED)
         frame = frame.f_back
 
 
-#: None where torch (since 2.14) has it in C, where no frame shows it.
-_APPLY = getattr(getattr(torch.autograd.Function.apply, "__func__", None), "__code__", None)
+def _forwards_without_context() -> Iterator[Callable[..., Any]]:
+    """Of all autograd.Functions that there are, those with a `setup_context`; wrapped ones as they were written."""
+    kinds = [torch.autograd.Function]
+    while kinds:
+        kind = kinds.pop()
+        kinds += kind.__subclasses__()
+        if kind.setup_context is not torch.autograd.Function.setup_context:
+            yield inspect.unwrap(kind.forward)
+
+
+#: What a forward gets that asks for a context, and the function that takes its block along (`_follow`).
+_Context = torch.autograd.function.BackwardCFunction
+_CARRIED = checkpointing.CheckpointFunction
 
 
 class _Eager:

@@ -226,6 +226,64 @@ def test_checkpointing_of_others_is_refused(model: Model, x: Tensor) -> None:
         assert replaced.replaced == 0
 
 
+class WithSetup(torch.autograd.Function):
+    """Its forward gets no context."""
+
+    @staticmethod
+    def forward(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        x = x.detach()  # from here on nothing shows that a gradient is wanted
+        return function(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.function, x = inputs
+        ctx.save_for_backward(x)
+
+    backward = OwnCheckpoint.backward
+
+
+class UnderAutocast(OwnCheckpoint):
+    """Wrapped, as mixed precision asks for."""
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
+    def forward(ctx: Any, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return OwnCheckpoint.forward(ctx, function, x)
+
+
+@pytest.mark.parametrize("function", [WithSetup, UnderAutocast])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_functions_of_any_form_are_seen(
+    model: Model, x: Tensor, function: type[torch.autograd.Function], checkpointed: bool
+) -> None:
+    """Whatever their forward gets, and whoever calls it."""
+    refused = pytest.raises(NotImplementedError, match=rf"replace_sdpa: .*autograd.Function {function.__name__}")
+    with mk.replace_sdpa(layout=LAYOUT, mask=MASK) as replaced:
+        with refused:
+            if checkpointed:
+                checkpoint(lambda y: function.apply(model, y), x, use_reentrant=True)
+            else:
+                function.apply(model, x)
+        assert replaced.replaced == 0
+        with torch.inference_mode():  # nobody can ask for gradients
+            function.apply(model, x.detach())
+    assert replaced.replaced == 2
+
+
+def test_no_gradient_and_no_function(model: Model, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both kinds of gradients are off only where an autograd.Function runs; one that isn't found is refused as well."""
+    with mk.replace_sdpa(layout=LAYOUT, mask=MASK) as replaced:
+        with torch.no_grad():
+            right = model(x)
+        with torch.inference_mode():
+            assert torch.equal(model(x), right)
+        assert replaced.replaced == 4
+        monkeypatch.setattr("moda_kernels.replace._running_functions", lambda: iter(()))
+        with pytest.raises(NotImplementedError, match="of an unknown name"):
+            OwnCheckpoint.apply(model, x)
+    assert replaced.replaced == 4
+
+
 # Threads
 
 
