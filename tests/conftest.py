@@ -11,6 +11,10 @@ if not torch.cuda.is_available():
     # Before Triton is imported: its interpreter then runs kernels on the CPU.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from moda_kernels.testing import interpreter
+
+interpreter.prepare()
+
 try:
     from hypothesis import settings
 except ModuleNotFoundError:  # the property tests ask for it themselves, the others run without it

@@ -21,6 +21,7 @@ from moda_kernels import reference
 from moda_kernels.backends import use_backend
 from moda_kernels.call import AttentionCall
 from moda_kernels.runtime import backend_name
+from moda_kernels.testing import interpreter
 from moda_kernels.testing.cases import Case, Inputs, Result, generator
 
 #: float64 has no finer oracle to measure its own rounding with: room for another order of the sums.
@@ -56,6 +57,7 @@ def run(
     Raises:
         NotImplementedError: the backend can't run the case.
     """
+    interpreter.prepare()
     inputs = case.build(dtype, device, seed=seed, **sizes) if isinstance(case, Case) else case
     tensors = {
         name: t.detach().to(compute or dtype).requires_grad_(name not in inputs.fixed)
