@@ -20,6 +20,12 @@ import torch
 
 from moda_kernels.runtime import collectives
 
+#: Imported once, by the server; what is missing here is left out.
+PRELOADED = [
+    "moda_kernels.distributed", "moda_kernels.testing", "moda_kernels.commands.bench.layouts", "torch.distributed.tensor",
+    "torch.distributed.fsdp", "torch.distributed.checkpoint", "transformers.models.llava.modeling_llava",
+    "transformers.models.gemma3.modeling_gemma3", "transformers.models.qwen2_vl.modeling_qwen2_vl",
+]  # fmt: skip
 #: Seconds; a job that takes longer has lost a rank.
 PATIENCE = 60
 
@@ -48,7 +54,7 @@ class Ranks:
 
     def __init__(self, size: int, timeout: float = 10) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["moda_kernels.distributed", "moda_kernels.testing", "torch.distributed.tensor"])
+        context.set_forkserver_preload(PRELOADED)
         self._folder = tempfile.TemporaryDirectory()
         file = str(Path(self._folder.name) / "store")
         self.size = size

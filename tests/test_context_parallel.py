@@ -1,11 +1,12 @@
 """Context, Ulysses and tensor parallelism on 2 and 4 processes (gloo) against one, by the error criterion: outputs, lse
-and all gradients; a parameter's is this rank's share, or whole under tensor parallelism, and never None."""
+and all gradients; a parameter's is this rank's share, or whole under tensor parallelism, and never None.
+
+As a program it runs every case in every way; the tests are a part of that."""
 
 import dataclasses
 import itertools
 from typing import Any
 
-import pytest
 import torch
 from ranks import Ranks, world
 from torch import Tensor
@@ -219,10 +220,10 @@ def test_tensor_times_context(four: Ranks) -> None:
     check(four, list(EVERYTHING)[::4], [torch.float64], ("tensor, context",), 2)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("way", [*BALANCES, "ulysses", "tensor", "tensor, context"])
-def test_everything(way: str, size: int, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
-    ranks: Ranks = request.getfixturevalue({2: "two", 4: "four"}[size])
-    check(ranks, list(EVERYTHING), [dtype], (way,), None if way in BALANCES else size)
+if __name__ == "__main__":  # every way of everything, which takes many minutes
+    for size, dtype in itertools.product((2, 4), (torch.float64, torch.float32)):
+        ranks = Ranks(size)
+        for how in (*BALANCES, "ulysses", "tensor", "tensor, context"):
+            check(ranks, list(EVERYTHING), [dtype], (how,), None if how in BALANCES else size)
+            print(f"{how} on {size} processes in {dtype}: {len(EVERYTHING)} cases are right", flush=True)
+        ranks.close()
