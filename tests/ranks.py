@@ -22,9 +22,10 @@ from moda_kernels.runtime import collectives
 
 #: Imported once, by the server; what is missing here is left out.
 PRELOADED = [
-    "moda_kernels.distributed", "moda_kernels.testing", "moda_kernels.commands.bench.layouts", "torch.distributed.tensor",
-    "torch.distributed.fsdp", "torch.distributed.checkpoint", "transformers.models.llava.modeling_llava",
-    "transformers.models.gemma3.modeling_gemma3", "transformers.models.qwen2_vl.modeling_qwen2_vl",
+    "moda_kernels.distributed", "moda_kernels.testing", "moda_kernels.commands.bench.layouts",
+    "torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed.checkpoint",
+    "transformers.models.llava.modeling_llava", "transformers.models.gemma3.modeling_gemma3",
+    "transformers.models.qwen2_vl.modeling_qwen2_vl",
 ]  # fmt: skip
 #: Seconds; a job that takes longer has lost a rank.
 PATIENCE = 60

@@ -2,10 +2,8 @@
 
 import itertools
 import os
-import re
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -97,14 +95,6 @@ def test_plans_refuse(refused: Callable[..., None]) -> None:
 def test_without_a_process_group(refused: Callable[..., None]) -> None:
     for given in (None, object()):
         refused(lambda given=given: md.ContextParallel(given, IDS), ValueError, ["mesh_or_group", "init_process_group"])
-
-
-def test_the_page_runs() -> None:
-    page = Path(__file__).parents[1] / "docs" / "distributed.md"
-    if not page.exists():
-        pytest.skip("the tests stand alone, without the source tree")
-    for code in re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
-        exec(compile(code, page, "exec"), {})
 
 
 # Jobs

@@ -188,11 +188,12 @@ class ContextParallel:
 
     # Layers
 
-    def aligner_map(self, aligner: DuplexAligner, key: Tensor) -> KeyMap:
+    def aligner_map(self, aligner: DuplexAligner | torch.nn.Module, key: Tensor) -> KeyMap:
         """The map of this rank's keys, with Gram sums over the keys of all ranks.
 
         Args:
-            aligner: of any fusion, norm and scope. key: this rank's shard ``[B, Hkv, n, D]``, packed ``[n, Hkv, D]``.
+            aligner: of any fusion, norm and scope (or what PEFT has put around it).
+            key: this rank's shard ``[B, Hkv, n, D]``, packed ``[n, Hkv, D]``.
 
         Returns:
             A :class:`KeyMap` for `attention` (and for :func:`align_keys` with `local_layout`).

@@ -35,6 +35,11 @@ class Heads:
     sharded: bool
     dim: int
 
+    @property
+    def ranks(self) -> int:
+        """Over how many the heads are spread."""
+        return int(self.mesh.size(self.dim)) if self.sharded else 1
+
     def local(self, x: Any) -> Tensor:
         """The part of a DTensor that is here."""
         out: Tensor = x.to_local()

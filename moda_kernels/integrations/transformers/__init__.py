@@ -13,9 +13,10 @@ import contextlib
 from moda_kernels.integrations.transformers.attention import register
 from moda_kernels.integrations.transformers.ids import modality_ids
 from moda_kernels.integrations.transformers.model import disable, enable
+from moda_kernels.integrations.transformers.parallel import context_parallel
 from moda_kernels.integrations.transformers.released import load_released
 
-__all__ = ["disable", "enable", "load_released", "modality_ids"]
+__all__ = ["context_parallel", "disable", "enable", "load_released", "modality_ids"]
 
 with contextlib.suppress(ImportError):  # none, or an old one: enable() says so
     register()

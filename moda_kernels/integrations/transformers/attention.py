@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from moda_kernels.alignment.maps import KeyMap, align_keys
 from moda_kernels.alignment.memory import DecodeState
 from moda_kernels.alignment.released import ReleasedAligner
-from moda_kernels.attention import moda_attention
+from moda_kernels.attention import moda_attention, own_pseudo
 from moda_kernels.integrations.transformers.asked import AskedMask, asked, documents_of
 from moda_kernels.runtime import checks
+from moda_kernels.runtime.sharded import Heads
 from moda_kernels.tokens.layout import ModalityLayout
 from moda_kernels.tokens.mask import ModularMask
 from moda_kernels.tokens.pseudo import PseudoAttention
@@ -29,6 +30,8 @@ ALIGNER, SETTINGS = "moda_aligner", "moda_settings"
 ARGUMENT = "moda_tokens"
 #: The entry of a model's config (and of its text part's) that says what its aligners are, saved with it.
 CONFIG = "moda"
+#: The argument with which `context_parallel` tells the layers of the other processes.
+PARALLEL = "moda_parallel"
 #: How packed documents are told beside (or instead of) positions that start again.
 BOUNDS = "cu_seq_lens_q"
 
@@ -39,10 +42,12 @@ class LayerSettings:
 
     Attributes:
         mask: the caller's, before the layer's own sliding window is added; None: the model's own.
+        heads: where they lie under tensor parallelism; None: all of them are here.
     """
 
     mask: ModularMask | None
     pseudo: PseudoAttention | None
+    heads: Heads | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +122,11 @@ def attention(
             "modality ids", f"{type(module).__name__} to get them from its enabled text model's call", "none"
         )
     pseudo = None if s_aux is None else PseudoAttention.sink(s_aux)
+    parallel = others.pop(PARALLEL, None)
+    if parallel is not None:
+        pseudo = _pseudo(module, settings, aligner, pseudo, query.shape[1])
+        options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, "enable_gqa": True, "pseudo": pseudo}
+        return parallel.attend(module, query, key, value, options), None
     if isinstance(attention_mask, AskedMask) and attention_mask.shape[3] != key.shape[2]:
         raise checks.wrong_value("attention_mask", f"a mask of the layer's {key.shape[2]} keys", attention_mask)
     bounds = others.get(BOUNDS)
@@ -133,17 +143,12 @@ def attention(
         if tokens.state is not None:
             where = {"state": tokens.state[module.layer_idx]}  # type: ignore[index]
     packed = tokens is not None and tokens.layout is not None and tokens.layout.packed
-    mapped, valued = (_flat(key), _flat(value)) if packed else (key, value)
+    mapped, valued = (flat(key), flat(value)) if packed else (key, value)
     if isinstance(aligner, nn.Module):
         released = {"value": valued} if is_released(aligner) else {}
-        key_map = aligner(mapped, **where, **released)
-        if settings is not None and settings.pseudo is not None:
-            if pseudo is not None:
-                raise NotImplementedError(
-                    f"pseudo: {type(module).__name__} has attention sinks of its own; leave it out"
-                )
-            pseudo = settings.pseudo
-    options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, "enable_gqa": True, "pseudo": pseudo}
+        key_map = aligner(spread(settings, mapped), **where, **released)
+        pseudo = _pseudo(module, settings, aligner, pseudo, query.shape[1])
+    options = {"dropout_p": dropout, "scale": scaling, "enable_gqa": True, "pseudo": pseudo}
     own = settings is not None and settings.mask is not None
     plain = isinstance(attention_mask, AskedMask) and attention_mask.plain
     if tokens is not None and (own or (plain and key_map is not None)):
@@ -151,11 +156,11 @@ def attention(
         modalities = tokens.state.num_modalities if tokens.state is not None else tokens.layout.num_modalities  # type: ignore[union-attr]
         mask = settings.mask if own else ModularMask.causal(modalities)  # type: ignore[union-attr]
         if isinstance(attention_mask, AskedMask):
-            mask = _narrowed(mask, attention_mask)  # type: ignore[arg-type]
+            mask = narrowed(mask, attention_mask)  # type: ignore[arg-type]
         extra = attention_mask if isinstance(attention_mask, Tensor) else None
-        q = _flat(query) if packed else query
+        q = flat(query) if packed else query
         out = moda_attention(q, mapped, valued, extra, **options, mask=mask, key_map=key_map, **where)
-        return _back(out, query), None
+        return back(out, query), None
     if key_map is not None and tokens is not None:
         key = _aligned(mapped, key_map, tokens, key)
     if not isinstance(attention_mask, AskedMask):
@@ -163,13 +168,31 @@ def attention(
     counted = pseudo is not None and pseudo.length is None and tokens is not None
     layout, mask = attention_mask.made(by_document=counted)
     if counted and not layout.packed:
-        layout = _counted(layout, tokens)  # type: ignore[arg-type]
+        layout = with_counts(layout, tokens)  # type: ignore[arg-type]
     if layout.packed:
-        out = moda_attention(_flat(query), _flat(key), _flat(value), **options, layout=layout, mask=mask)
-        return _back(out, query), None
+        out = moda_attention(flat(query), flat(key), flat(value), **options, layout=layout, mask=mask)
+        return back(out, query), None
     start = attention_mask.query_start()
     out = moda_attention(query, key, value, **options, layout=layout, mask=mask, query_start=start)
     return out.transpose(1, 2).contiguous(), None
+
+
+def spread(settings: LayerSettings | None, key: Tensor) -> Tensor:
+    """Keys for an aligner: under tensor parallelism a DTensor, so that all processes' gradients come together in it."""
+    return key if settings is None or settings.heads is None else settings.heads.whole(key, 1)
+
+
+def _pseudo(
+    module: nn.Module, settings: LayerSettings | None, aligner: Any, own: PseudoAttention | None, heads: int
+) -> PseudoAttention | None:
+    """The pseudo scores of a layer, of its `heads` that are here: its own sinks, or those that `enable` was given."""
+    if not isinstance(aligner, nn.Module) or settings is None or settings.pseudo is None:
+        return own
+    if own is not None:
+        raise NotImplementedError(f"pseudo: {type(module).__name__} has attention sinks of its own; leave it out")
+    if settings.heads is None:
+        return settings.pseudo
+    return own_pseudo(settings.pseudo, settings.heads, heads * settings.heads.ranks)
 
 
 def is_released(aligner: nn.Module) -> bool:
@@ -198,7 +221,7 @@ def _by_matrix(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, o
     return out.transpose(1, 2).contiguous()
 
 
-def _narrowed(mask: ModularMask, asked_mask: AskedMask) -> ModularMask:
+def narrowed(mask: ModularMask, asked_mask: AskedMask) -> ModularMask:
     """The caller's rules within a layer's window."""
     window = asked_mask.facts.window
     if asked_mask.facts.chunk is not None:
@@ -226,21 +249,21 @@ def _aligned(mapped: Tensor, key_map: KeyMap, tokens: Tokens, key: Tensor) -> Te
     return align_keys(mapped, key_map, tokens.state.layout(key.shape[2]))
 
 
-def _counted(layout: ModalityLayout, tokens: Tokens) -> ModalityLayout:
+def with_counts(layout: ModalityLayout, tokens: Tokens) -> ModalityLayout:
     """With as many tokens as a sequence has, where the mask's columns are fewer (a sliding cache) or hold padding."""
     known = tokens.layout if tokens.state is None else tokens.state.layout()
     assert known is not None
     return dataclasses.replace(layout, counts=known.counts.sum(1, keepdim=True, dtype=torch.int32))
 
 
-def _flat(x: Tensor) -> Tensor:
+def flat(x: Tensor) -> Tensor:
     """``[B, H, L, D]`` → ``[B·L, H, D]``."""
     return x.transpose(1, 2).flatten(0, 1)
 
 
-def _back(out: Tensor, query: Tensor) -> Tensor:
+def back(out: Tensor, query: Tensor) -> Tensor:
     """``[B, n, Hq, D]``, of an output in the query's shape or a flat one."""
     if out.dim() == 3:
-        back: Tensor = out.unflatten(0, (query.shape[0], query.shape[2]))
-        return back
+        rows: Tensor = out.unflatten(0, (query.shape[0], query.shape[2]))
+        return rows
     return out.transpose(1, 2).contiguous()

@@ -17,6 +17,7 @@ from moda_kernels.integrations.transformers.attention import ALIGNER, CONFIG, NA
 from moda_kernels.integrations.transformers.families import FAMILIES, UNKNOWN, refuse_unknown
 from moda_kernels.integrations.transformers.hooks import MODEL, ModelSettings
 from moda_kernels.runtime import checks
+from moda_kernels.runtime.sharded import Heads
 from moda_kernels.tokens.mask import ModularMask
 from moda_kernels.tokens.pseudo import PseudoAttention
 
@@ -123,12 +124,16 @@ def enable(
         if parameters is not None:
             _fill(aligners[index], index, parameters)
 
+    heads = _heads(base)
+    if heads is not None and isinstance(getattr(base, "_tp_plan", None), dict):
+        name = next(name for name, part in base.named_modules() if part is text)
+        base._tp_plan[f"{name}.layers.*.self_attn.{ALIGNER}".removeprefix(".")] = "replicated_with_grad_allreduce"
     for index, module in attentions.items():
         own = index in aligners
         if own:
             module.add_module(ALIGNER, aligners[index])
             aligners[index].train(module.training)
-        setattr(module, SETTINGS, LayerSettings(mask if own else None, pseudo if own else None))
+        setattr(module, SETTINGS, LayerSettings(mask if own else None, pseudo if own else None, heads))
     settings = ModelSettings(family, m, outer.config)
     handles = [text.register_forward_pre_hook(hooks.before_text_model, with_kwargs=True)]
     if outer is not text:
@@ -183,6 +188,15 @@ def _asking(base: Any, text: Any) -> list[tuple[Any, Any]]:
 
 
 # Parts of a model
+
+
+def _heads(model: Any) -> Heads | None:
+    """How transformers' tensor parallelism spreads the heads of a model; None: it doesn't."""
+    mesh = getattr(model, "_device_mesh", None)
+    if mesh is None or (getattr(model, "_tp_size", None) or 1) == 1:
+        return None
+    mesh = mesh["tp"] if mesh.ndim > 1 else mesh
+    return Heads(mesh, mesh.size() > 1, 0)
 
 
 def _require_transformers() -> None:
