@@ -1,5 +1,6 @@
 """`moda_attention`: MODA attention behind the signature of torch's scaled_dot_product_attention."""
 
+from collections.abc import Callable
 from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch.nn.functional as F
@@ -15,6 +16,8 @@ from moda_kernels.tokens.mask import ModularMask
 from moda_kernels.tokens.pseudo import PseudoAttention
 
 Weight = float | Tensor
+#: What every call with modality arguments is shown to on its way to a backend: by `diagnostics`, while it reports.
+watchers: list[Callable[[AttentionCall], None]] = []
 
 
 class ModalArguments(TypedDict, total=False):
@@ -191,6 +194,8 @@ def moda_attention(
         cu_seqlens_q=cu_seqlens_q,
         state=state,
     )
+    for watch in watchers:
+        watch(call)
     out, lse = backends.choose(call, backend).attend(call)
     return (out, lse) if return_lse else out
 

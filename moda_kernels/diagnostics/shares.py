@@ -37,7 +37,7 @@ def attention_share(
     """
     layout = as_layout(layout, getattr(mask, "num_roles", None))
     mass, queries = _mass(query, key, layout, mask, options)
-    return _mean_by_modality(mass, torch.ones_like(mass[..., 0], dtype=torch.bool), layout, queries)
+    return mean_by_modality(mass, torch.ones_like(mass[..., 0], dtype=torch.bool), layout, queries)
 
 
 class ModalDisparity(NamedTuple):
@@ -70,16 +70,21 @@ def modal_disparity(
     mass, queries = _mass(query, key, layout, mask, options)
     rule = mask or (ModularMask.causal if options.get("is_causal") else ModularMask.full)(layout.num_roles)
     visible = rule.count_visible(layout, queries)  # [B, Lq, M]
+    return disparity_of(mass, visible[None] if layout.packed else visible, layout, queries)
+
+
+def disparity_of(mass: Tensor, visible: Tensor, layout: ModalityLayout, queries: QueryRows) -> ModalDisparity:
+    """From the mass that rows give to each modality ``[B or 1, Hq, Lq, M]``, and the number of keys of each that they
+    see ``[B or 1, Lq, M]``."""
     modality = queries.of(layout.modality).clamp(min=0).long()[..., None]
-    if layout.packed:
-        visible, modality = visible[None], modality[None]
+    modality = modality[None] if layout.packed else modality
     own_kind = torch.arange(layout.num_modalities, device=mass.device) == modality
     keys = [(visible * kind).sum(-1)[:, None] for kind in (own_kind, ~own_kind)]
     both = (keys[0] > 0) & (keys[1] > 0)
     means = []
     for kind, seen in zip((own_kind, ~own_kind), keys, strict=True):
         per_key = (mass * kind[:, None]).sum(-1) / seen.clamp(min=1)
-        means.append(_mean_by_modality(per_key[..., None], both.expand_as(per_key), layout, queries)[..., 0])
+        means.append(mean_by_modality(per_key[..., None], both.expand_as(per_key), layout, queries)[..., 0])
     own_share, cross_share = means
     larger = torch.maximum(own_share, cross_share)
     return ModalDisparity(own_share, cross_share, (own_share - cross_share).abs() / larger)
@@ -106,7 +111,7 @@ def _mass(
     return mass.to(compute_dtype(query)), queries
 
 
-def _mean_by_modality(x: Tensor, counted: Tensor, layout: ModalityLayout, queries: QueryRows) -> Tensor:
+def mean_by_modality(x: Tensor, counted: Tensor, layout: ModalityLayout, queries: QueryRows) -> Tensor:
     """Mean of ``[B or 1, H, Lq, X]`` over the counted queries of each sequence and modality: ``[N, H, M, X]``."""
     n, m = layout.num_sequences, layout.num_modalities
     modality, sequence = queries.of(layout.modality).flatten(), queries.of(layout.sequence, 0).flatten()
