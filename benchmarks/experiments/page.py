@@ -57,7 +57,7 @@ def table(records: Sequence[Record], experiment: Experiment) -> str:
         own = [r for r in records if r["experiment"] == experiment.name and r["variant"] == variant.name]
         mean = estimate(list(found[variant.name].values()))
         spread = "" if math.isnan(mean.half) else f" ± {100 * mean.half:.1f}"
-        row = [f"{variant.name}: {variant.label}", f"{100 * mean.mean:.1f}{spread} %"]
+        row = [variant.name, f"{100 * mean.mean:.1f}{spread} %"]
         for name in (base, other):
             if name is not None:
                 same = variant.name == name or name not in found
@@ -68,8 +68,9 @@ def table(records: Sequence[Record], experiment: Experiment) -> str:
         row.append(", ".join(f"{np.mean([r['disparity'] for r in own], (0, 1))[m]:.0%}" for m in (0, 1)))
         row.append(f"{np.mean([r['loss'] for r in own]):.2f}")
         rows.append(row)
+    said = "; ".join(f"*{v.name}*: {v.label}" for v in experiment.variants if v.name in found)
     lines = "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n\n"
-    return f"{lines if len(rows) > 2 else ''}{_note(records, experiment)}"
+    return f"{lines}{_note(records, experiment)} {said}." if said else _note(records, experiment)
 
 
 def _said(found: Estimate) -> str:
