@@ -134,7 +134,7 @@ def wrong_calls() -> list[tuple[str, str]]:
             lambda: cp.attention(whole, whole, whole),
             lambda: cp.attention(x, x, whole),
             lambda: cp.attention(x, x, x, is_causal=True, mask=mk.ModularMask.causal(2)),
-            lambda: cp.attention(x, x, x, key_map=mk.DuplexAligner(4, 2)(whole, layout)),
+            lambda: cp.attention(x, x, x, key_map=mk.DuplexAligner(4, 2, scope="causal")(whole, layout)),
             lambda: cp.attention(x, x, x, query_start=0),
             lambda: cp.attention(x, x, x, layout=mk.segment_modalities(IDS)),
             lambda: cp.attention(x, x, x, pair_bias=torch.zeros(2, 1, 2, 2)),
@@ -232,6 +232,81 @@ def job_masks() -> None:
 
 def test_masks_of_layers(four: Ranks) -> None:
     four.run(job_masks)
+
+
+def job_ulysses_maps() -> None:
+    """Every kind of map: the aligner, maps of shards, and maps made from all keys, of released weights too."""
+    for layout in (mk.segment_modalities(IDS), PACKED):
+        q, k, v = (torch.randn(11, 4, 3, generator=generator(i), dtype=torch.float64) for i in range(3))
+        if not layout.packed:
+            q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        dim = 0 if layout.packed else 2
+        cp = md.ContextParallel(world(), layout, balance="none")
+        mine = [cp.shard(x, dim) for x in (q, k, v)]
+        ratio, weight = (torch.randn(*n, generator=generator(7), dtype=torch.float64) for n in ((3,), (3, 3)))
+        released = mk.released_key_map(k, v, layout, ratio, weight)
+        want = mk.moda_attention(q, k, v, layout=layout, key_map=released)
+        for got in (
+            md.ulysses_attention(*mine, world(), layout=layout, key_map=released),
+            cp.attention(*mine, key_map=released),
+        ):
+            torch.testing.assert_close(cp.unshard(got, dim), want)
+        for scope in ("sequence", "causal"):
+            aligner = mk.DuplexAligner(3, 2, fusion="concat", scope=scope, dtype=torch.float64)
+            torch.nn.init.normal_(aligner.weight, generator=generator(8))
+            want = mk.moda_attention(q, k, v, layout=layout, key_map=aligner(k, layout))
+            for key_map in (aligner, cp.aligner_map(aligner, mine[1]), aligner(k, layout)):
+                got = md.ulysses_attention(*mine, world(), layout=layout, key_map=key_map)
+                torch.testing.assert_close(cp.unshard(got, dim), want)
+
+
+def test_maps_under_ulysses(four: Ranks) -> None:
+    four.run(job_ulysses_maps)
+
+
+def job_ulysses_errors() -> list[tuple[str, str]]:
+    import torch.distributed as dist
+
+    layout = mk.segment_modalities(IDS)
+    cp = md.ContextParallel(world(), layout, balance="none")
+    x, odd = (cp.shard(heads(11, n), 2) for n in (4, 3))
+    work = md.ContextParallel(world(), layout, mk.ModularMask.causal(2))
+    other = work.aligner_map(mk.DuplexAligner(4, 2), work.shard(heads(11, 4), 2))
+    md.ulysses_attention(x, x, x, world(), layout=layout)
+    with silence():
+        found = errors_of([
+            lambda: md.ulysses_attention(odd, odd, odd, world(), layout=layout),
+            lambda: md.ulysses_attention(x, odd, odd, world(), layout=layout, enable_gqa=True),
+            lambda: md.ulysses_attention(heads(11, 4), x, x, world(), layout=layout),
+            lambda: md.ulysses_attention(x, x, x, world(), layout=layout, key_map=torch.nn.Identity()),  # type: ignore[arg-type]
+            lambda: md.ulysses_attention(x, x, x, world(), layout=layout, pair_bias=torch.zeros(1, 4, 3, 3)),
+            lambda: md.ulysses_attention(x, x, x, world(), layout=layout, dropout_p=0.5),
+            lambda: md.ulysses_attention(x, x, x, world(), layout=layout, key_map=other),
+        ])  # fmt: skip
+    ids = IDS.clone()
+    ids[0, 0] = dist.get_rank() % 2
+    return found + errors_of(
+        [lambda: md.ulysses_attention(x, x, x, world(), layout=mk.segment_modalities(ids, num_modalities=2))]
+    )
+
+
+ULYSSES = [
+    ("ValueError", ["query", "4 ranks divide", "3 heads", "ContextParallel"]),
+    ("ValueError", ["key", "4 ranks divide", "3 heads"]),
+    ("ValueError", ["query", "this rank's shard"]),
+    ("TypeError", ["key_map", "DuplexAligner"]),
+    ("ValueError", ["pair_bias"]),
+    ("NotImplementedError", ["dropout_p"]),
+    ("ValueError", ["key_map", 'balance="none"']),
+    ("ValueError", ["layout", "the same on all 4 ranks"]),
+]
+
+
+def test_ulysses_refuses(four: Ranks) -> None:
+    for rank, found in enumerate(four.run(job_ulysses_errors)):
+        assert len(found) == len(ULYSSES)
+        for (kind, message), (error, parts) in zip(found, ULYSSES, strict=True):
+            assert kind == error and all(part in message for part in parts), (rank, kind, message, parts)
 
 
 def job_unshard() -> None:

@@ -9,6 +9,8 @@ import vlm
 from ranks import Ranks, world
 from torch import Tensor
 
+import moda_kernels as mk
+from moda_kernels.distributed import ulysses
 from moda_kernels.integrations import transformers as moda
 
 transformers = vlm.transformers
@@ -69,6 +71,50 @@ def job_context(family: str, options: dict[str, Any], balance: str) -> None:
 def test_context_parallel(family: str, four: Ranks) -> None:
     scope = "sequence" if family == "qwen2_vl" else "causal"
     four.run(job_context, family, {"fusion": "concat", "scope": scope}, "work")
+
+
+def job_heads_outside() -> None:
+    """Somebody else's all-to-all of heads around what is registered, which drops the mask (DeepSpeed's Ulysses does
+    both): whole rows of some heads arrive."""
+    import torch.distributed as dist
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    size = dist.get_world_size()
+    ids = torch.randint(3, 99, (1, 24), generator=torch.Generator().manual_seed(4))
+    given, told = {"input_ids": ids}, (ids % 3 == 0).long()
+    out, grads = logits_and_gradients(made("llama", fusion="concat"), given, told)
+    plain = ALL_ATTENTION_FUNCTIONS["moda"]
+    rows = [24 // size] * size
+
+    def wrapped(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **more: Any) -> Any:
+        inside = (ulysses.to_heads(x, rows, 2, world()) for x in (query, key, value))
+        got, _ = plain(module, *inside, None, **more)
+        return ulysses.to_rows(got, rows, 1, world(), 2), None
+
+    model = made("llama", fusion="concat")
+    moda.context_parallel(model, world(), balance="none")
+    ALL_ATTENTION_FUNCTIONS["moda"] = wrapped
+    try:
+        got, shares = logits_and_gradients(model, given, told)
+    finally:
+        ALL_ATTENTION_FUNCTIONS["moda"] = plain
+    torch.testing.assert_close(got, out, rtol=1e-9, atol=1e-9)
+    for name, grad in grads.items():
+        dist.all_reduce(shares[name])
+        torch.testing.assert_close(shares[name] / size, grad, rtol=1e-7, atol=1e-9)
+
+
+def test_behind_an_all_to_all_of_heads(two: Ranks) -> None:
+    two.run(job_heads_outside)
+
+
+def test_a_mask_that_was_taken_away_is_missed() -> None:
+    hooks = pytest.importorskip("accelerate.big_modeling")
+    model = made("llama", mask=mk.ModularMask.bidirectional_within(2, [1]))
+    hooks._attach_context_parallel_hooks(model)
+    ids = torch.zeros(1, 5, dtype=torch.long)
+    with pytest.raises(NotImplementedError, match=r"context_parallel\(model\)"), moda.modality_ids(ids):
+        model(input_ids=ids, use_cache=False)
 
 
 def job_tensor(folder: str, options: dict[str, Any]) -> None:

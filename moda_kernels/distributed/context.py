@@ -5,6 +5,7 @@ calls `moda_attention` once for each run of its columns. Who has which columns i
 """
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moda_kernels.alignment.aligner import DuplexAligner
-from moda_kernels.alignment.maps import KeyMap, align_keys
+from moda_kernels.alignment.maps import KeyMap, ModalityMap, align_keys
 from moda_kernels.attention import moda_attention, own_pseudo, own_weights
 from moda_kernels.call import AttentionCall
 from moda_kernels.distributed import maps
@@ -247,7 +248,8 @@ class ContextParallel:
             attn_mask: this rank's rows against all columns: broadcast to ``[B, Hq, n, L]``.
             layout: None, or the layout that this was made with.
             mask: of this layer, where it differs from that which the shards are balanced for (a sliding layer).
-            key_map: from `aligner_map`.
+            key_map: from `aligner_map`; or one of the sequence scope (or of released weights) made from all keys, where
+                somebody has them.
             pair_bias, pseudo, branch_weights: of the whole, the same on every rank.
             query_start, cu_seqlens_q, state: None; decoding is not sharded.
             The others: as there.
@@ -296,8 +298,12 @@ class ContextParallel:
         if checks.is_causal_bias(attn_mask):
             expected = "None, bools or floats (the mask of ContextParallel says what is causal)"
             raise checks.wrong_value("attn_mask", expected, attn_mask)
-        if key_map is not None and not isinstance(key_map, maps.ShardMap):
+        if isinstance(key_map, ModalityMap) and key_map.layout is not self.local_layout:
+            key_map = self._of_shard(key_map)
+        elif key_map is not None and not isinstance(key_map, maps.ShardMap):
             raise checks.wrong_type("key_map", "a KeyMap from ContextParallel.aligner_map", key_map)
+        elif isinstance(key_map, maps.ShardMap) and key_map.runs != self.plan.runs:
+            raise checks.wrong_value("key_map", "a map from aligner_map of the same shards", "one of other shards")
         dim = 0 if self.layout.packed else 2
         mine = self.plan.rows[self.rank]
         for name, x in (("query", query), ("key", key), ("value", value)):
@@ -348,6 +354,18 @@ class ContextParallel:
         used += [] if pseudo is None else [pseudo.base, pseudo.decay]
         out = collectives.attached(out, *used)
         return (out, collectives.attached(lse, *used)) if return_lse else out
+
+    def _of_shard(self, key_map: ModalityMap) -> KeyMap:
+        """A map by sequences and modalities that was made from all keys."""
+        key_map.check(self.layout, key_map.num_heads, key_map.head_dim)
+        unit, of = key_map.unit_matrix, self._local.sequences
+        return dataclasses.replace(
+            key_map,
+            matrix=key_map.matrix[slice(*of)],
+            mapped=key_map.mapped[slice(*of)],
+            unit_matrix=None if unit is None else unit[slice(*of)],
+            layout=self.local_layout,
+        )
 
     def _mask_of(self, mask: ModularMask | None, is_causal: bool) -> ModularMask:
         if is_causal and (mask is not None or self._given is not None):

@@ -15,7 +15,7 @@ from moda_kernels import products
 from moda_kernels.alignment.aligner import DuplexAligner
 from moda_kernels.alignment.maps import KeyMap
 from moda_kernels.alignment.pieces import After, counting, counting_groups, mapped_modalities, mapped_tokens, pieces_of
-from moda_kernels.distributed.plan import Plan, Run
+from moda_kernels.distributed.plan import Plan, Run, Runs
 from moda_kernels.distributed.shards import Part, part_of
 from moda_kernels.products.twin import compute_dtype
 from moda_kernels.runtime import collectives
@@ -29,7 +29,7 @@ class ShardMap(KeyMap):
 
     Attributes:
         parts: columns (first, last + 1 of the rank's) and the map of each part, in order.
-        layout: of the rank's keys.
+        layout: of the rank's keys. runs: the columns of all ranks.
         used: what a rank without such keys uses no less: the aligner's parameters, and what came from the others.
     """
 
@@ -38,6 +38,7 @@ class ShardMap(KeyMap):
     heads: int
     dim: int
     used: tuple[Tensor, ...]
+    runs: tuple[Runs, ...]
 
     @property
     def num_heads(self) -> int:
@@ -73,7 +74,7 @@ def sequence_map(aligner: DuplexAligner, tokens: Tensor, local: Part, plan: Plan
         used.append(sums)
         gram = gram.index_copy(0, places - first, sums[slots])
     found = aligner.sequence_map(gram, layout, _mapped(aligner, plan, local))
-    return _shard_map(aligner, tokens, layout, [(0, tokens.shape[-3], found)], *used)
+    return _shard_map(aligner, tokens, layout, plan, [(0, tokens.shape[-3], found)], *used)
 
 
 def _mapped(aligner: DuplexAligner, plan: Plan, local: Part) -> Tensor:
@@ -236,7 +237,7 @@ def causal_map(aligner: DuplexAligner, tokens: Tensor, layout: ModalityLayout, c
             slots, names = chain.before[stretch.run]
             known = handed_on[slots].masked_fill(~names, 0).sum(0)
         parts.append((start, stop, aligner.causal_map(source, pieces, known)))
-    return _shard_map(aligner, tokens, layout, parts, *(() if handed_on is None else (handed_on,)))
+    return _shard_map(aligner, tokens, layout, chain.plan, parts, *(() if handed_on is None else (handed_on,)))
 
 
 def _after(whole: ModalityLayout, stretch: Stretch, aligned: tuple[int, ...], sources: tuple[int, ...] | None) -> After:
@@ -275,8 +276,9 @@ def _shard_map(
     aligner: DuplexAligner,
     tokens: Tensor,
     layout: ModalityLayout,
+    plan: Plan,
     parts: list[tuple[int, int, KeyMap]],
     *used: Tensor,
 ) -> ShardMap:
     parameters = (p for p in (aligner.ratio, aligner.weight) if p is not None)
-    return ShardMap(parts, layout, tokens.shape[-2], tokens.shape[-1], (*parameters, *used))
+    return ShardMap(parts, layout, tokens.shape[-2], tokens.shape[-1], (*parameters, *used), plan.runs)

@@ -1,13 +1,15 @@
 """Sequence parallelism by heads (DeepSpeed-Ulysses, arXiv 2309.14509): an all-to-all turns shards of the sequence with
 all heads into some heads with the whole sequence, plain attention runs, another one turns it back."""
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moda_kernels.alignment.aligner import DuplexAligner
-from moda_kernels.alignment.maps import KeyMap, align_keys
+from moda_kernels.alignment.causal import CausalMap
+from moda_kernels.alignment.maps import KeyMap, ModalityMap, align_keys
 from moda_kernels.attention import moda_attention
 from moda_kernels.call import AttentionCall
 from moda_kernels.distributed.groups import check_same, group_of
@@ -54,8 +56,8 @@ def ulysses_attention(
         group: a ``ProcessGroup`` or a ``DeviceMesh`` of one dimension; None: all processes.
         layout: of the whole sequence, the same on all ranks (or modality ids ``[B, L]``). (A checksum is compared once
             for each layout.)
-        key_map: a :class:`DuplexAligner`, whose sums are made inside, where the sequence is whole; or a map of this
-            rank's keys from `ContextParallel.aligner_map`.
+        key_map: a :class:`DuplexAligner`, whose sums are made inside, where the sequence is whole; a map of this rank's
+            keys from `ContextParallel.aligner_map`; or one made from all keys, where somebody has them.
         attn_mask, pair_bias, pseudo, branch_weights: of the whole sequence and all heads, the same on every rank.
         The others: as there.
 
@@ -81,8 +83,11 @@ def ulysses_attention(
         if x.shape[heads] % size or not x.shape[heads]:
             expected = f"a number of heads that {size} ranks divide (ContextParallel takes any)"
             raise checks.wrong_value(name, expected, f"{x.shape[heads]} heads")
-    if key_map is not None and not isinstance(key_map, ShardMap | DuplexAligner):
-        raise checks.wrong_type("key_map", "a DuplexAligner, or a KeyMap from ContextParallel.aligner_map", key_map)
+    kinds = ShardMap | DuplexAligner | ModalityMap | CausalMap
+    if key_map is not None and not isinstance(key_map, kinds):
+        raise checks.wrong_type("key_map", "a DuplexAligner or a KeyMap that one has made", key_map)
+    if isinstance(key_map, ModalityMap | CausalMap):
+        key_map.check(layout, key.shape[heads], key.shape[-1])
     every = query.shape[heads]
     mine = slice(rank * every // size, (rank + 1) * every // size)
     options: dict[str, Any] = {
@@ -96,22 +101,35 @@ def ulysses_attention(
     probes = [_as_inside(x, layout, size) for x in (query, key, value)]
     AttentionCall.make(probes[0], probes[1], probes[2], **options)
     if isinstance(key_map, ShardMap):
-        if key_map.layout.modality.shape[-1] != rows[rank] or key_map.layout.packed != layout.packed:
+        if key_map.runs != runs or key_map.layout.packed != layout.packed:
             expected = 'a map from ContextParallel(..., balance="none")'
             raise checks.wrong_value("key_map", expected, "one of other shards")
         key = align_keys(key, key_map, key_map.layout)
-    q, k, v = (_to_heads(x, rows, tokens, members) for x in (query, key, value))
+    q, k, v = (to_heads(x, rows, tokens, members) for x in (query, key, value))
     made = key_map(k, layout) if isinstance(key_map, DuplexAligner) else None
+    if isinstance(key_map, ModalityMap | CausalMap):
+        every = key.shape[heads]
+        made = _map_of_heads(key_map, slice(rank * every // size, (rank + 1) * every // size))
     out, lse = moda_attention(q, k, v, key_map=made, return_lse=True, backend=backend, **options)
     used: list[object] = [q, k, v, attn_mask, pair_bias, *(branch_weights or ())]
     used += [] if pseudo is None else [pseudo.base, pseudo.decay]
     used += [key_map.ratio, key_map.weight] if isinstance(key_map, DuplexAligner) else []
     out, lse = (collectives.attached(x, *used) for x in (out, lse))
-    out = _to_rows(out, rows, tokens, members)
+    out = to_rows(out, rows, tokens, members)
     if not return_lse:
         return out
     # [B, H, L], packed [H, T]; split: one axis more.
-    return out, _to_rows(lse, rows, 1 if layout.packed else 2, members, 0 if layout.packed else 1)
+    return out, to_rows(lse, rows, 1 if layout.packed else 2, members, 0 if layout.packed else 1)
+
+
+def _map_of_heads(key_map: ModalityMap | CausalMap, mine: slice) -> KeyMap:
+    """The map of some key heads."""
+    if isinstance(key_map, CausalMap):
+        return dataclasses.replace(key_map, source=key_map.source[..., mine, :])
+    unit = key_map.unit_matrix
+    return dataclasses.replace(
+        key_map, matrix=key_map.matrix[:, :, mine], unit_matrix=None if unit is None else unit[:, :, mine]
+    )
 
 
 def _as_inside(x: Tensor, layout: ModalityLayout, size: int) -> Tensor:
@@ -130,7 +148,7 @@ def _same_everywhere(layout: ModalityLayout, group: Group) -> ModalityLayout:
     return layout
 
 
-def _to_heads(x: Tensor, rows: list[int], tokens: int, group: Group) -> Tensor:
+def to_heads(x: Tensor, rows: list[int], tokens: int, group: Group) -> Tensor:
     """This rank's rows of all heads → all rows of this rank's heads (along axis 1)."""
     size = group.size()
     if size == 1:
@@ -142,7 +160,7 @@ def _to_heads(x: Tensor, rows: list[int], tokens: int, group: Group) -> Tensor:
     return collectives.move_rows(parts, rows, mine, group).movedim(0, tokens)
 
 
-def _to_rows(x: Tensor, rows: list[int], tokens: int, group: Group, heads: int = 1) -> Tensor:
+def to_rows(x: Tensor, rows: list[int], tokens: int, group: Group, heads: int = 1) -> Tensor:
     """All rows of this rank's heads → this rank's rows of all heads."""
     size = group.size()
     if size == 1:

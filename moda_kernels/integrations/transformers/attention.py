@@ -117,6 +117,11 @@ def attention(
     adds = isinstance(aligner, nn.Module) or (settings is not None and settings.mask is not None)
     if not isinstance(attention_mask, AskedMask) and not adds and s_aux is None:
         return _plain(module, query, key, value, attention_mask, dropout, scaling, others)
+    if adds and attention_mask is None and others.get("is_causal"):
+        raise NotImplementedError(
+            "a mask that was taken away and called causal, as accelerate's ParallelismConfig(cp_size=…) does: "
+            "moda_kernels.integrations.transformers.context_parallel(model) keeps it"
+        )
     if adds and tokens is None:
         raise checks.wrong_value(
             "modality ids", f"{type(module).__name__} to get them from its enabled text model's call", "none"
