@@ -59,12 +59,14 @@ def batch(seed: int, dtype: torch.dtype) -> tuple[Tensor, mk.ModalityLayout]:
     return torch.randn(1, LENGTH, HEADS * DIM, generator=g).to(dtype), mk.segment_modalities(ids, num_modalities=2)
 
 
-def sharded(model: Model) -> Model:
-    from torch.distributed.fsdp import fully_shard
+def sharded(model: Model, mixed: bool) -> Model:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32) if mixed else None
+    options = {} if policy is None else {"mp_policy": policy}
     for layer in model.layers:
-        fully_shard(layer)
-    return fully_shard(model)
+        fully_shard(layer, **options)
+    return fully_shard(model, **options)
 
 
 def trained(model: nn.Module, steps: Any, lr: float = 0.05) -> list[float]:
@@ -82,13 +84,13 @@ def full(x: Any) -> Tensor:
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
-def job(dtype: torch.dtype, split: str, folder: str) -> None:
+def job(dtype: torch.dtype, split: str, mixed: bool, folder: str) -> None:
     """Each rank its own sequence ("data"), or some columns of the same ("context")."""
     import torch.distributed as dist
     import torch.distributed.checkpoint as dcp
 
     rank, size = dist.get_rank(), dist.get_world_size()
-    alone, model = made(dtype), sharded(made(dtype))
+    alone, model = made(dtype), sharded(made(dtype), mixed)
 
     def by_one(number: int) -> float:
         total = 0.0
@@ -114,14 +116,14 @@ def job(dtype: torch.dtype, split: str, folder: str) -> None:
 
     want = trained(alone, [lambda n=n: by_one(n) for n in range(3)])
     got = trained(model, [lambda n=n: by_all(n) for n in range(3)])
-    tolerance = 0.02 if dtype == torch.bfloat16 else 1e-4 if dtype == torch.float32 else 1e-9
+    tolerance = 0.02 if mixed or dtype == torch.bfloat16 else 1e-4 if dtype == torch.float32 else 1e-9
     assert got == pytest.approx(want, rel=tolerance), (got, want)
     if dtype == torch.float64:  # (Adam's first steps are signs: rounding turns some)
         for (name, p), q in zip(alone.named_parameters(), model.parameters(), strict=True):
             torch.testing.assert_close(full(q), p.data, rtol=1e-6, atol=1e-8, msg=name)
     kept = copy.deepcopy({name: full(p).clone() for name, p in model.state_dict().items()})
     dcp.save({"model": model.state_dict()}, checkpoint_id=folder)
-    other = sharded(made(dtype))
+    other = sharded(made(dtype), mixed)
     assert any(not torch.equal(full(p), kept[name]) for name, p in other.state_dict().items())
     state = {"model": other.state_dict()}
     dcp.load(state, checkpoint_id=folder)
@@ -134,4 +136,9 @@ def job(dtype: torch.dtype, split: str, folder: str) -> None:
 @pytest.mark.parametrize("split", ["data", "context"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_fsdp2(dtype: torch.dtype, split: str, two: Ranks, tmp_path: Path) -> None:
-    two.run(job, dtype, split, str(tmp_path))
+    two.run(job, dtype, split, False, str(tmp_path))
+
+
+def test_mixed_precision(two: Ranks, tmp_path: Path) -> None:
+    """Parameters in float32, computed with in bfloat16."""
+    two.run(job, torch.float32, "context", True, str(tmp_path))

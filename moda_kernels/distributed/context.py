@@ -1,7 +1,7 @@
 """`ContextParallel`: one long sequence on several processes, each with some of its columns.
 
 What a rank does per layer: it maps its keys (`maps.py`), gets the keys and values that its rows see (`route.py`), and
-calls `moda_attention` once for each run of its columns. Who has which columns is planned once per layout (`plan.py`).
+attends once for each run of its columns. Who has which columns is planned once per layout (`plan.py`).
 """
 
 import copy
@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from moda_kernels import backends
 from moda_kernels.alignment.aligner import DuplexAligner
 from moda_kernels.alignment.maps import KeyMap, ModalityMap, align_keys
-from moda_kernels.attention import moda_attention, own_pseudo, own_weights
+from moda_kernels.attention import own_pseudo, own_weights
 from moda_kernels.call import AttentionCall
 from moda_kernels.distributed import maps
 from moda_kernels.distributed.groups import check_same, group_of
@@ -321,6 +322,7 @@ class ContextParallel:
             query, key, value, layout=self.local_layout, key_map=key_map, pair_bias=bias, **options
         )
         self._check_attn_mask(attn_mask, call.query)
+        backends.choose(call, backend)  # what it refuses is refused before anything is sent
         key = call.key if key_map is None else align_keys(call.key, key_map, self.local_layout)
         route = self._route(mask)
         held_key, held_value = route.bring([key, call.value], dim, self.group)
@@ -329,7 +331,7 @@ class ContextParallel:
         for each in route.calls:
             start, stop = each.rows
             low, high = each.keys
-            out, lse = moda_attention(
+            part = AttentionCall.make(
                 call.query.narrow(dim, start, stop - start),
                 held_key.narrow(dim, low, high - low),
                 held_value.narrow(dim, low, high - low),
@@ -338,10 +340,10 @@ class ContextParallel:
                 pair_bias=None if pair_bias is None else each.part.of_sequences(pair_bias),
                 query_start=each.query_start,
                 cu_seqlens_q=each.cu_seqlens_q,
-                return_lse=True,
-                backend=backend,
                 **options,
             )
+            part = dataclasses.replace(part, queries=each.queries)
+            out, lse = backends.choose(part, backend).attend(part)
             outs.append(out)
             lses.append(lse)
         if not outs:

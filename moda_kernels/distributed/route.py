@@ -14,7 +14,7 @@ from moda_kernels.distributed.plan import Plan, indices, placed, seen_columns
 from moda_kernels.distributed.shards import Part, part_of
 from moda_kernels.runtime import collectives
 from moda_kernels.runtime.collectives import Group
-from moda_kernels.tokens.layout import ModalityLayout
+from moda_kernels.tokens.layout import ModalityLayout, QueryRows
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +24,8 @@ class Call:
     Attributes:
         rows: the first and last + 1 of the rank's rows. keys: of the columns that the rank holds.
         part: those keys' layout.
-        query_start, cu_seqlens_q: where the rows stand among them, as `moda_attention` wants it.
+        query_start, cu_seqlens_q: where the rows stand among them, as `moda_attention` wants it; queries: as a backend
+            does, which remembers there what all layers share.
     """
 
     rows: tuple[int, int]
@@ -32,6 +33,7 @@ class Call:
     part: Part
     query_start: int | Tensor
     cu_seqlens_q: Tensor | None
+    queries: QueryRows
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,9 +133,10 @@ def _calls(plan: Plan, rank: int, columns: Tensor, device: torch.device) -> list
         low = int(torch.searchsorted(columns, where[:1]))
         high = int(torch.searchsorted(columns, where[-1:])) + 1
         part = part_of(plan.layout, columns[low:high], device)
-        query_start, bounds = _standing(plan.layout, part, start, stop)
+        query_start, bounds = (_on(x, device) for x in _standing(plan.layout, part, start, stop))
+        queries = part.layout.queries(stop - start, query_start, bounds)
         rows = (first, first + stop - start)
-        made.append(Call(rows, (low, high), part, _on(query_start, device), _on(bounds, device)))
+        made.append(Call(rows, (low, high), part, query_start, bounds, queries))
         first = rows[1]
     return made
 
