@@ -97,16 +97,20 @@ class AttentionCall:
             layout,
             None if known is None else (known.num_roles if isinstance(known, ModularMask) else known.num_modalities),
         )
-        query, key, value = _autocast(layout.device, query, key, value)
-        _check_shapes(query, key, value, layout, enable_gqa)
-        queries = layout.queries(query.shape[0] if layout.packed else query.shape[2], query_start, cu_seqlens_q)
+        query, key, value = _checked(query, key, value, layout, enable_gqa)
+        rows = query.shape[0] if layout.packed else query.shape[2]
+        if state is not None and layout.packed:  # the newest tokens, for all layers
+            newest = cu_seqlens_q
+            queries = layout.remember(("newest queries", rows), lambda: layout.queries(rows, None, newest))
+        else:
+            queries = layout.queries(rows, query_start, cu_seqlens_q)
         replaceable = mask is None and not is_causal and pseudo is None
         if mask is None:
             mask = default_mask(layout.num_roles, bool(is_causal))
         mask.check_layout(layout)
         if checks.is_causal_bias(attn_mask):
-            rows = None if layout.packed else query.shape[2]
-            mask, attn_mask = _read_causal_bias(attn_mask, mask, replaceable, layout, rows, query_start)
+            of_batch = None if layout.packed else rows
+            mask, attn_mask = _read_causal_bias(attn_mask, mask, replaceable, layout, of_batch, query_start)
         heads = query.shape[1]
         if not isinstance(dropout_p, int | float) or not 0 <= dropout_p <= 1:
             raise checks.wrong_value("dropout_p", "a probability", dropout_p)
@@ -156,6 +160,27 @@ class AttentionCall:
         """NaN everywhere where the layout, on CUDA, turned out to have more segments than it has room for."""
         overflow = self.layout.overflow
         return result if overflow is None else torch.where(overflow, float("nan"), result)
+
+
+def _checked(query: Tensor, key: Tensor, value: Tensor, layout: ModalityLayout, enable_gqa: bool) -> list[Tensor]:
+    """Query, key and value, in autocast's dtype where that is on, and checked: what the layers of a model have in
+    common is looked at once."""
+    tensors, device = [query, key, value], layout.device.type
+    known: set[Any] | None = None
+    if not torch.compiler.is_compiling() and all(type(t) in _PLAIN and not t.is_nested for t in tensors):
+        if device != "meta" and not (torch.is_autocast_enabled(device) or torch._C._is_tracing()):
+            known = layout.remember("calls checked", set)
+            kind = (*[(t.shape, t.dtype, t.device, t.layout) for t in tensors], enable_gqa)
+            if kind in known:
+                return tensors
+    query, key, value = _autocast(layout.device, query, key, value)
+    _check_shapes(query, key, value, layout, enable_gqa)
+    if known is not None:
+        known.add(kind)
+    return [query, key, value]
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _autocast(device: torch.device, *tensors: Tensor) -> list[Tensor]:

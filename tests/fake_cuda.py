@@ -55,12 +55,14 @@ def library(folder: Path) -> Path:
 
 
 class Launch(NamedTuple):
-    """A kernel's launch: its name, the device that was current, the grid, and its arguments by name."""
+    """A kernel's launch: its name, the device that was current, the grid, its arguments by name, and whether Triton's
+    launcher was left out, which chooses the compiled variant."""
 
     kernel: str
     device: int
     grid: tuple[int, ...]
     arguments: dict[str, Any]
+    kept: bool
 
 
 class Call(NamedTuple):
@@ -154,10 +156,10 @@ class FakeKernel:
     def launch_metadata(self, *_: Any) -> None:
         return None
 
-    def run(self, x: int, y: int, z: int, stream: int, *rest: Any) -> None:
+    def run(self, x: int, y: int, z: int, stream: int, *rest: Any, kept: bool = False) -> None:
         arguments = dict(zip(self.arg_names, rest[5:], strict=True))
         recorder, current = _recorders[-1], torch.cuda.current_device()
-        recorder.launches.append(Launch(self.name, current, (x, y, z), arguments))
+        recorder.launches.append(Launch(self.name, current, (x, y, z), arguments, kept))
         if current != recorder.device or stream != STREAM + current:
             recorder.fault(f"{self.name} is launched on cuda:{current}, stream {stream - STREAM}")
         for name, value in arguments.items():
@@ -170,7 +172,7 @@ class FakeKernel:
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(*arguments: Any, stream: int | None = None) -> None:
             stream = STREAM + torch.cuda.current_device() if stream is None else stream
-            self.run(*(*grid, 1, 1)[:3], stream, 0, (), None, None, None, *arguments)
+            self.run(*grid, stream, 0, (), None, None, None, *arguments, kept=True)
 
         return launch
 

@@ -16,26 +16,35 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 import moda_kernels as mk
+from moda_kernels.backends.triton import operators
 from moda_kernels.backends.triton.plan import Facts
-from moda_kernels.runtime import native
+from moda_kernels.runtime import gpu, native
 from moda_kernels.testing import CASES, Case
 from moda_kernels.tokens.layout import ModalityLayout
 from moda_kernels.tokens.walks import KeyWalk, QueryWalk
 
 MODE = fake_cuda.install(Path(os.environ["FAKE_CUDA"]))
+gpu.why_absent.cache_clear()  # somebody may have asked before there were devices
 EXTENSION = native._extension
 DEVICE = torch.device("cuda:1")
 MASK = mk.ModularMask.bidirectional_within(2, [1])
 
 
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operators' functions are called at once, as eager calls do, although a mode is on; and there is a native half."""
+    monkeypatch.setattr(operators, "runs_at_once", lambda *_: True)
+    monkeypatch.setattr(native, "_extension", None if EXTENSION is None else fake_cuda.FakeNative(EXTENSION))
+    native._cuda_fault.cache_clear()
+
+
 @pytest.fixture(params=["native", "torch"])
 def half(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """With the extension's CUDA half, or without the extension."""
-    with_native = request.param == "native"
-    if with_native and EXTENSION is None:
+    if request.param == "torch":
+        monkeypatch.setattr(native, "_extension", None)
+    elif EXTENSION is None:
         pytest.skip("there is no native extension to stand for its CUDA half")
-    monkeypatch.setattr(native, "_extension", fake_cuda.FakeNative(EXTENSION) if EXTENSION and with_native else None)
-    native._cuda_fault.cache_clear()
     return str(request.param)
 
 
@@ -118,18 +127,43 @@ def kernels(recorder: Recorder) -> list[str]:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_case(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward and backward, in bfloat16, on a layout that was moved to the device."""
+    """Forward and backward, in bfloat16, on a layout that was moved to the device; as operators run it, and twice as
+    layers do, the second time with launches that were kept: they say the same."""
+    fake = native._extension
     with moved_in_mode(monkeypatch):
+        monkeypatch.setattr(native, "_extension", EXTENSION)
         inputs = case.build(torch.bfloat16, DEVICE, length=63)
-    monkeypatch.setattr(native, "_extension", None if EXTENSION is None else fake_cuda.FakeNative(EXTENSION))
-    with recorded() as recorder, mk.use_backend("triton"):
-        tensors = {n: t.detach().requires_grad_(n != "attn_mask") for n, t in inputs.tensors.items()}
-        out, lse = inputs.call(tensors)
-        leaves = [t for t in tensors.values() if t.requires_grad]
-        grads = torch.autograd.grad((out, lse), leaves, (torch.randn_like(out), torch.randn_like(lse)))
-    assert all(g.device == t.device and g.shape == t.shape for g, t in zip(grads, leaves, strict=True))
-    names = kernels(recorder)
-    assert names.count("attention_forward") == names.count("attention_backward_keys") == 1
+        monkeypatch.setattr(native, "_extension", fake)
+    said = []
+    for at_once in (False, True, True):
+        monkeypatch.setattr(operators, "runs_at_once", lambda *_, at_once=at_once: at_once)
+        with recorded() as recorder, mk.use_backend("triton"):
+            tensors = {n: t.detach().requires_grad_(n != "attn_mask") for n, t in inputs.tensors.items()}
+            out, lse = inputs.call(tensors)
+            leaves = [t for t in tensors.values() if t.requires_grad]
+            grads = torch.autograd.grad((out, lse), leaves, (torch.randn_like(out), torch.randn_like(lse)))
+        assert all(g.device == t.device and g.shape == t.shape for g, t in zip(grads, leaves, strict=True))
+        names = kernels(recorder)
+        assert names.count("attention_forward") == names.count("attention_backward_keys") == 1
+        said.append(descriptions(recorder))
+    assert said[0] == said[1] == said[2]
+    # Where queries stand may be anything that a tensor says.
+    anew = case.queries == "tensor" or (case.packed and case.queries is not None)
+    assert anew or all(launch.kept for launch in recorder.launches if launch.kernel.startswith("attention_"))
+
+
+def descriptions(recorder: Recorder) -> list[Any]:
+    """Of all launches, but for what differs between two equal calls."""
+    return [(each.kernel, each.grid, described(each.arguments)) for each in recorder.launches]
+
+
+def described(value: Any) -> Any:
+    """An argument without its place in memory."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, dict):
+        return {name: described(each) for name, each in value.items()}
+    return tuple(map(described, value)) if isinstance(value, tuple) else value
 
 
 # From ids to gradients
@@ -315,9 +349,74 @@ def test_decoding_packed(scope: str, given: str) -> None:
             state.append(torch.zeros(new, dtype=torch.long, device=DEVICE), cu_seqlens=bounds, **more)
             total += new
             q, k, v = normal(new, 4, 64), normal(total, 2, 64), normal(total, 2, 64)
-            key_map = aligner(k, state=state[0])
-            mk.moda_attention(q, k, v, state=state, is_causal=True, key_map=key_map, enable_gqa=True, backend="triton")
+            for layer in range(2):
+                before = len(recorder.launches)
+                key_map = aligner(k, state=state[layer])
+                mk.moda_attention(
+                    q, k, v, state=state[layer], is_causal=True, key_map=key_map, enable_gqa=True, backend="triton"
+                )
+                of_layer = [each for each in recorder.launches[before:] if each.kernel.startswith("attention_")]
+                assert all(each.kept == (layer > 0) for each in of_layer)
     assert "attention_decode" in kernels(recorder)
+
+
+# What layers share
+
+
+@pytest.mark.parametrize("scope", [None, "sequence"])
+def test_decoding_layers_share_their_launches(scope: str | None) -> None:
+    said = []
+    with torch.no_grad():
+        for layer in range(3):
+            with recorded() as recorder:
+                if layer == 0:
+                    layout = segmented(600)
+                q, k, v = heads(2, 600)
+                key_map = None if scope is None else mk.DuplexAligner(64, 2, scope=scope, device=DEVICE)(k, layout)
+                mk.moda_attention(
+                    q, k, v, layout=layout, mask=MASK, key_map=key_map, duplex="split", enable_gqa=True,
+                    pseudo=mk.PseudoAttention(), backend="triton",
+                )  # fmt: skip
+            said.append(descriptions(recorder))
+            own = [launch for launch in recorder.launches if launch.kernel.startswith("attention_decode")]
+            assert len(own) == (2 if scope is None else 3) and all(launch.kept == (layer > 0) for launch in own)
+    assert said[0] == said[1] == said[2]
+
+
+def test_nothing_is_kept_for_other_addresses_and_shapes() -> None:
+    """Rows that begin beside multiples of 16 bytes are another variant of the kernel; so are other strides."""
+
+    def launch(layout: ModalityLayout, q: Tensor, k: Tensor, **more: Any) -> fake_cuda.Launch:
+        with recorded() as recorder:
+            mk.moda_attention(q, k, k, layout=layout, is_causal=True, enable_gqa=True, **more)
+        (of_call,) = (each for each in recorder.launches if each.kernel == "attention_forward")
+        return of_call
+
+    with MODE:
+        layout = segmented(100)
+        q, k, _ = heads(100, 100)
+        beside = normal(2, 4, 100, 65)[..., 1:]  # rows of 65 numbers, the first at 2 bytes
+        turned = normal(2, 100, 4, 64).transpose(1, 2)
+        room = normal(2, 4, 100, 80)
+    with torch.no_grad():
+        first, again = launch(layout, q, k), launch(layout, q, k)
+        assert not first.kept and again.kept
+        for other in (beside, turned):
+            first = launch(layout, other, k)
+            assert not first.kept and first.arguments["s_qt"] == other.stride(2) // first.arguments["UNIT"]
+            assert launch(layout, other, k).kept
+        assert launch(layout, q, k).kept
+        first, again = launch(layout, room[..., :64], k), launch(layout, room[..., 1:65], k)
+        assert not first.kept and not again.kept and first.arguments["s_qt"] == again.arguments["s_qt"]
+        assert all(launch(layout, room[..., at : at + 64], k).kept for at in (0, 1, 8))
+        for more in ({"scale": 0.5}, {"duplex": "split"}, {"pseudo": mk.PseudoAttention(length=9)}):
+            assert not launch(layout, q, k, **more).kept
+        assert not launch(layout, q.float(), k.float()).kept
+        torch.backends.cuda.matmul.allow_tf32 = True
+        try:
+            assert launch(layout, q.float(), k.float()).arguments["PRECISION"] == "tf32"
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = False
 
 
 # One compile for all lengths

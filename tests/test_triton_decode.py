@@ -20,9 +20,8 @@ if gpu.why_absent():
 
 from torch.testing._internal.optests import opcheck
 
-from moda_kernels.backends import triton as backend
 from moda_kernels.backends.triton import launch as kernels
-from moda_kernels.backends.triton import launch_decode, plan
+from moda_kernels.backends.triton import launch_decode, operators, plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BY_NAME = {case.name: case for case in CASES}
@@ -329,8 +328,9 @@ def test_compiles_and_maps(everywhere: None, launches: list[str]) -> None:
 
 def test_opcheck(everywhere: None, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Any, ...]] = []
-    run = backend.op_attention_decode
-    monkeypatch.setattr(backend, "op_attention_decode", lambda *a: (calls.append(a), run(*a))[1])
+    run = operators.op_attention_decode
+    monkeypatch.setattr(operators, "runs_at_once", lambda *_: False)
+    monkeypatch.setattr(operators, "op_attention_decode", lambda *a: (calls.append(a), run(*a))[1])
     layout = mk.segment_modalities(ids(30)[None].to(DEVICE), num_modalities=M, max_segments=60)
     q, k = torch.randn(1, 1, 1, 16, device=DEVICE), torch.randn(1, 1, 30, 16, device=DEVICE)
     mk.moda_attention(q, k, k, layout=layout, duplex="split", pseudo=mk.PseudoAttention(), backend="triton")

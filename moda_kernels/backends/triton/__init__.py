@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moda_kernels.alignment.maps import ModalityMap, align_keys
 from moda_kernels.backends.triton import plan, tuning
-from moda_kernels.backends.triton.operators import ModaAttention, op_attention_decode
+from moda_kernels.backends.triton.operators import ModaAttention, apply, decode
 from moda_kernels.call import AttentionCall
 from moda_kernels.runtime import gpu
 
@@ -43,18 +43,16 @@ class TritonBackend:
         return reasons
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        if not torch.is_autocast_enabled(call.query.device.type):
+            return self._attend(call)
         with torch.autocast(call.query.device.type, enabled=False):
             return self._attend(call)
 
     def _attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
-        heads, device = call.query_heads, call.query.device
-        base = decay = count = weights = None
+        base = decay = None
         if call.pseudo is not None:
-            base, decay = (_per_head(p, heads, device) for p in (call.pseudo.base, call.pseudo.decay))
-            count = plan.counts(call, call.pseudo.length)
-        if call.split:
-            weights = torch.stack([_per_head(w, heads, device) for w in call.branch_weights])
-
+            base, decay = _per_head(call, call.pseudo.base), _per_head(call, call.pseudo.decay)
+        weights = _weights(call) if call.split else None
         key, key_map = call.key, call.key_map
         matrix = key_map.matrix if isinstance(key_map, ModalityMap) and key_map.foldable else None
         given = (call.query, key, call.value, matrix, call.pair_bias, base, decay, weights)
@@ -66,38 +64,48 @@ class TritonBackend:
         differentiable = _differentiable(*tensors)
         folded = matrix is not None
         if rows and not differentiable:
-            by_modality = call.pair_bias is not None or folded
-            out, lse = op_attention_decode(
-                *tensors, call.attn_mask, count, plan.fault(call.layout), list(plan.facts(call, by_modality)),
-                plan.decode_tiles(call.queries, rows), rows, plan.pass_numbers(call, by_modality).numbers(),
-                plan.decode_configuration(call), call.scale,
-            )  # fmt: skip
-            return out, lse
-        chosen = plan.configurations(call, folded)
-        if tuning.wanted(device):
-
-            def trial(configs: tuple[tuple[int, ...], ...], backward: bool) -> None:
-                leaves = [t if t is None else t.detach().requires_grad_(backward) for t in tensors]
-                with torch.set_grad_enabled(backward):
-                    out, _, _ = ModaAttention.apply(
-                        *leaves, call.attn_mask, plan.make_plan(call, folded, count, configs, backward)
-                    )
-                if backward:
-                    torch.autograd.grad(out, [t for t in leaves if t is not None], out.detach(), allow_unused=True)
-
-            kind = (call.query.dtype, *call.query.shape[1:], *call.value.shape[1:], folded, call.split, call.mask)
-            chosen = tuning.tuned(kind, chosen, differentiable, trial)
-        out, lse, _ = ModaAttention.apply(
-            *tensors, call.attn_mask, plan.make_plan(call, folded, count, chosen, differentiable)
-        )
+            return decode(*tensors, call.attn_mask, plan.decode_plan(call, folded, rows))
+        if tuning.wanted(call.query.device):
+            made = plan.make_plan(call, folded, _tuned(call, tensors, folded, differentiable), differentiable)
+        else:
+            made = plan.attention_plan(call, folded, differentiable)
+        out, lse, _ = apply(*tensors, call.attn_mask, made, differentiable)
         return out, lse
+
+
+def _tuned(call: AttentionCall, tensors: tuple[Tensor | None, ...], folded: bool, differentiable: bool) -> plan.Configs:
+    """The fastest configurations for such calls."""
+
+    def trial(configs: plan.Configs, backward: bool) -> None:
+        leaves = [t if t is None else t.detach().requires_grad_(backward) for t in tensors]
+        with torch.set_grad_enabled(backward):
+            made = plan.make_plan(call, folded, configs, backward)
+            out, _, _ = ModaAttention.apply(*leaves, call.attn_mask, made)
+        if backward:
+            torch.autograd.grad(out, [t for t in leaves if t is not None], out.detach(), allow_unused=True)
+
+    kind = (call.query.dtype, *call.query.shape[1:], *call.value.shape[1:], folded, call.split, call.mask)
+    return tuning.tuned(kind, plan.configurations(call, folded), differentiable, trial)
 
 
 def _differentiable(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _per_head(value: float | Tensor, heads: int, device: torch.device) -> Tensor:
+def _per_head(call: AttentionCall, value: float | Tensor) -> Tensor:
+    """float32 ``[Hq]``."""
     if isinstance(value, Tensor):
         return value.float()
-    return torch.full((heads,), float(value), device=device)
+    heads, device = call.query_heads, call.query.device
+    return call.layout.remember(("per head", value, heads), lambda: torch.full((heads,), float(value), device=device))
+
+
+def _weights(call: AttentionCall) -> Tensor:
+    """The branch weights, float32 ``[2, Hq]``."""
+
+    def stacked() -> Tensor:
+        return torch.stack([_per_head(call, w) for w in call.branch_weights])
+
+    if any(isinstance(w, Tensor) for w in call.branch_weights):
+        return stacked()
+    return call.layout.remember(("branch weights", call.branch_weights, call.query_heads), stacked)

@@ -7,6 +7,8 @@ A call is described by plain tensors and numbers (operators take nothing else), 
     walk                the fields of `QueryWalk` or `KeyWalk`
     passes              the numbers of `PassNumbers`
     config              block of queries, block of keys, warps, stages, part of a masked tile
+    kept                launches made before with the same facts, walks, passes, configurations and scale, by what else
+                        they depend on (see `kinds`); the next layer's call then has its pointers to bring, no more
 """
 
 import functools
@@ -26,8 +28,8 @@ from moda_kernels.backends.triton.kernels.backward_query import (
 )
 from moda_kernels.backends.triton.kernels.forward import ForwardTensors, attention_forward
 from moda_kernels.backends.triton.kernels.primitives import Extras
-from moda_kernels.backends.triton.plan import Facts, PassNumbers
-from moda_kernels.runtime.launch import float32_dots, launch, padded
+from moda_kernels.backends.triton.plan import Facts, Kept, PassNumbers
+from moda_kernels.runtime.launch import Ready, float32_dots, padded
 from moda_kernels.tokens.walks import KeyWalk, QueryWalk
 
 LOG2E = 1.4426950408889634
@@ -54,6 +56,7 @@ def forward(
     passes: Sequence[int],
     config: Sequence[int],
     scale: float,
+    kept: Kept | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, both parts ([2, …], split only, else empty) and lse (in `forward_outputs`' shapes).
 
@@ -61,24 +64,27 @@ def forward(
     ``[N or 1, Hq or 1, M, M]``; base, decay float32 ``[Hq]`` with count int32 ``[branches, rows]`` (-1: endless) add
     pseudo scores; fault int32 ``[1]``, not 0: everything becomes NaN.
     """
-    out, parts, lse = forward_outputs(query, value, weights is not None)
+    split = weights is not None
+    out, parts, lse = forward_outputs(query, value, split)
     if out.numel() == 0 and lse.numel() == 0:
         return out, parts, lse
-    q, k, v = (rows_contiguous(x) for x in (query, key, value))
+    q, k, v = rows_contiguous(query), rows_contiguous(key), rows_contiguous(value)
     q, scale = _with_positive_scale(q, scale)
-    split, tiles, numbers = weights is not None, QueryWalk(*walk), PassNumbers.read(passes)
-    mask, mask_kind, mask_strides = mask_arguments(attn_mask, q, k)
-    unit = unit_of(q, k, v, out, *([parts] if split else []))
-    launch(
-        attention_forward, (tiles.tiles.shape[0] * q.shape[1],), q.device,
-        ForwardTensors(q, k, v, out, parts, lse),
-        Extras(bias, mask, weights, base, decay, count, fault, *matrices(matrix, q)),
-        **_where(facts, tiles, numbers, q, k), width=tiles.key_lists.shape[1],
-        **strides("q", q, unit), **strides("k", k, unit), **strides("v", v, unit), **strides("o", out, unit),
-        s_or=parts.stride(0) // unit if split else 0, **lse_strides("l", lse, q), **bias_strides(bias), **mask_strides,
-        modalities=numbers.modalities, scale=scale * LOG2E, AFFINE=numbers.affine,
-        **_blocks(q, k, v, config, unit), SPLIT=split, MASK=mask_kind, PRECISION=float32_dots(),
-    )  # fmt: skip
+    extras = Extras(bias, as_bytes(attn_mask), weights, base, decay, count, fault, *matrices(matrix, q))
+    kind = ("forward", kinds(q, k, v, bias, attn_mask), which(extras), float32_dots())
+    kept = {} if kept is None else kept
+    if kind not in kept:
+        tiles, numbers = QueryWalk(*walk), PassNumbers.read(passes)
+        unit = unit_of(q, k, v, out, *([parts] if split else []))
+        given = {
+            **_given(facts, numbers, q, k, v, bias, attn_mask, unit, scale, split, config),
+            **strides("o", out, unit), "s_or": parts.stride(0) // unit if split else 0, **lse_strides("l", lse, q),
+            "walk": tiles, "tiles": tiles.tiles.shape[0], "width": tiles.key_lists.shape[1],
+        }  # fmt: skip
+        grid = (tiles.tiles.shape[0] * q.shape[1],)
+        kept[kind] = (_ready(attention_forward, grid, q, given, config),)
+    (run,) = kept[kind]
+    run(ForwardTensors(q, k, v, out, parts, lse), extras)
     return out, parts, lse
 
 
@@ -117,6 +123,7 @@ def backward(
     query_config: Sequence[int],
     key_config: Sequence[int],
     scale: float,
+    kept: Kept | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; of the bias by tile, float32 ``[P, tiles, Hq, M]``; and by tile,
     float32 ``[tiles, Hq, branches, 3]``, Σ do·o and the gradients of base and decay.
@@ -130,49 +137,47 @@ def backward(
         key_walk, passes,
     )  # fmt: skip
     dq, dk, dv, dbias, sums = outputs
-    dbias.zero_()  # tiles that are not used write nothing
-    sums.zero_()
+    sums.zero_()  # tiles that are not used write nothing
+    if bias is not None:
+        dbias.zero_()
     if query.numel() == 0 or key.numel() == 0:
         for grad in outputs:
             grad.zero_()
         return outputs
-    q, k, v, do = (rows_contiguous(x) for x in (query, key, value, dout))
-    heads, rows, size = q.shape[1], count_rows(q), v.shape[-1]
-    tiles, key_tiles, numbers = QueryWalk(*query_walk), KeyWalk(*key_walk), PassNumbers.read(passes)
-    new = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
-    row_sums = new(2, sums.shape[2], heads, rows)
-    norm, delta = row_sums
-    mask, mask_kind, mask_strides = mask_arguments(attn_mask, q, k)
-    extras = Extras(bias, mask, weights, base, decay, count)
-    of_branch = out[0] if split else out
-    unit = unit_of(q, k, v, do, dq, dk, dv, out)
-
-    launch(
-        attention_row_sums, (tiles.tiles.shape[0], heads), q.device,
-        RowTensors(out, do, lse, dlse, delta, norm, sums), extras, Facts(*facts).row_modality, tiles.tiles,
-        **strides("o", of_branch, unit), s_or=out.stride(0) // unit if split else 0, **strides("do", do, unit),
-        **lse_strides("l", lse, q), **lse_strides("dl", dlse, q), s_dlt=dlse.stride(-2 if split else -1),
-        query_heads=heads, query_length=length_of(q), all_rows=rows,
-        E=size, BLOCK_E=padded(size), UNIT=unit, BLOCK_Q=query_config[0], SPLIT=split, num_warps=8,
-    )  # fmt: skip
-    common: dict[str, Any] = {
-        **strides("q", q, unit), **strides("k", k, unit), **strides("v", v, unit), **strides("do", do, unit),
-        **bias_strides(bias), **mask_strides, "scale": scale * LOG2E, "SPLIT": split, "MASK": mask_kind,
-        "PRECISION": float32_dots(),
-    }  # fmt: skip
-    launch(
-        attention_backward_query, (tiles.tiles.shape[0] * heads,), q.device,
-        QueryTensors(q, k, v, do, dq, dbias, delta, norm), extras,
-        **_where(facts, tiles, numbers, q, k), width=tiles.key_lists.shape[1], **strides("dq", dq, unit),
-        modalities=numbers.modalities, AFFINE=numbers.affine, **_blocks(q, k, v, query_config, unit), **common,
-    )  # fmt: skip
-    launch(
-        attention_backward_keys, (key_tiles.tiles.shape[0] * k.shape[1],), q.device,
-        KeyTensors(q, k, v, do, dk, dv, row_sums), extras,
-        **_where(facts, key_tiles, numbers, q, k), width=key_tiles.query_lists.shape[1],
-        **strides("dk", dk, unit), **strides("dv", dv, unit), CHAINS=key_tiles.runs.shape[2] // 4 - 1,
-        **_blocks(q, k, v, key_config, unit), **common,
-    )  # fmt: skip
+    q, k, v, do = rows_contiguous(query), rows_contiguous(key), rows_contiguous(value), rows_contiguous(dout)
+    heads, rows = q.shape[1], count_rows(q)
+    row_sums = torch.empty((2, sums.shape[2], heads, rows), dtype=torch.float32, device=q.device)
+    norm, delta = row_sums.unbind(0)
+    extras = Extras(bias, as_bytes(attn_mask), weights, base, decay, count)
+    kind = ("backward", kinds(q, k, v, do, out, lse, dlse, bias, attn_mask), which(extras), float32_dots())
+    kept = {} if kept is None else kept
+    if kind not in kept:
+        tiles, key_tiles, numbers = QueryWalk(*query_walk), KeyWalk(*key_walk), PassNumbers.read(passes)
+        of_branch = out[0] if split else out
+        unit = unit_of(q, k, v, do, dq, dk, dv, out)
+        grid = tiles.tiles.shape[0], heads
+        common = functools.partial(_given, facts, numbers, q, k, v, bias, attn_mask, unit, scale, split)
+        of_rows = {
+            **common(query_config), **strides("o", of_branch, unit), "s_or": out.stride(0) // unit if split else 0,
+            **strides("do", do, unit), **strides("dq", dq, unit), **lse_strides("l", lse, q),
+            **lse_strides("dl", dlse, q), "s_dlt": dlse.stride(-2 if split else -1),
+            "p_row_modality": Facts(*facts).row_modality, "p_tiles": tiles.tiles,
+            "walk": tiles, "tiles": tiles.tiles.shape[0], "width": tiles.key_lists.shape[1],
+        }  # fmt: skip
+        of_keys = {
+            **common(key_config), **strides("do", do, unit), **strides("dk", dk, unit), **strides("dv", dv, unit),
+            "walk": key_tiles, "tiles": key_tiles.tiles.shape[0], "width": key_tiles.query_lists.shape[1],
+            "CHAINS": key_tiles.runs.shape[2] // 4 - 1,
+        }  # fmt: skip
+        kept[kind] = (
+            Ready(attention_row_sums, grid, q.device, ("tensors", "extras"), of_rows, num_warps=8),
+            _ready(attention_backward_query, (grid[0] * heads,), q, of_rows, query_config),
+            _ready(attention_backward_keys, (key_tiles.tiles.shape[0] * k.shape[1],), q, of_keys, key_config),
+        )
+    add_rows, for_queries, for_keys = kept[kind]
+    add_rows(RowTensors(out, do, lse, dlse, delta, norm, sums), extras)
+    for_queries(QueryTensors(q, k, v, do, dq, dbias, delta, norm), extras)
+    for_keys(KeyTensors(q, k, v, do, dk, dv, row_sums), extras)
     return outputs
 
 
@@ -287,37 +292,62 @@ def bias_strides(bias: Tensor | None) -> dict[str, int]:
     return dict(zip(("s_bb", "s_bh", "s_bq", "s_bk"), of, strict=True))
 
 
-def mask_arguments(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor | None, int, dict[str, int]]:
-    """attn_mask as kernels load it, its kind (0: none, 1: bool, 2: float), and its strides, 0 where it broadcasts."""
-    kind = 0
-    of: tuple[int, ...] = (0, 0, 0, 0)
+def as_bytes(attn_mask: Tensor | None) -> Tensor | None:
+    """attn_mask as kernels load it."""
+    return attn_mask.view(torch.uint8) if attn_mask is not None and attn_mask.dtype == torch.bool else attn_mask
+
+
+def mask_numbers(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> dict[str, int]:
+    """Kind of attn_mask (0: none, 1: bool, 2: float), and its strides, 0 where it broadcasts."""
+    kind, of = 0, (0, 0, 0, 0)
     if attn_mask is not None:
         kind = 1 if attn_mask.dtype == torch.bool else 2
-        attn_mask = attn_mask.view(torch.uint8) if kind == 1 else attn_mask
-        of = attn_mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2]).stride()
-    return attn_mask, kind, dict(zip(("s_mb", "s_mh", "s_mq", "s_mk"), of, strict=True))
+        b, h, q, k = attn_mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2]).stride()
+        of = b, h, q, k
+    return dict(zip(("MASK", "s_mb", "s_mh", "s_mq", "s_mk"), (kind, *of), strict=True))
 
 
-def _where(
-    facts: Sequence[Tensor], walk: QueryWalk | KeyWalk, numbers: PassNumbers, query: Tensor, key: Tensor
+def kinds(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Of each tensor all that a launch has to know but where it lies."""
+    return tuple([None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors])
+
+
+def which(extras: Extras) -> tuple[bool, ...]:
+    """Which of them there are."""
+    return tuple([x is not None for x in extras])
+
+
+def _given(
+    facts: Sequence[Tensor],
+    numbers: PassNumbers,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    attn_mask: Tensor | None,
+    unit: int,
+    scale: float,
+    split: bool,
+    config: Sequence[int],
 ) -> dict[str, Any]:
-    """Who sees whom, by which tiles."""
-    of = Facts(*facts)
+    """The arguments of the forward and of both kernels of the backward that have the same names in all of them."""
+    of, (block_q, block_k, _, _, part) = Facts(*facts), config
     few = numbers.passes * numbers.intervals <= UNROLLED
     return {
-        "facts": of, "walk": walk, "p_modalities": on_device(numbers.of_pass, query.device),
+        "facts": of, "p_modalities": on_device(numbers.of_pass, query.device),
+        **strides("q", query, unit), **strides("k", key, unit), **strides("v", value, unit),
+        **bias_strides(bias), **mask_numbers(attn_mask, query, key), "scale": scale * LOG2E,
         "query_heads": query.shape[1], "query_length": length_of(query), "key_length": length_of(key),
-        "tiles": walk.tiles.shape[0], "first_passes": numbers.second, "passes": numbers.passes,
+        "modalities": numbers.modalities, "first_passes": numbers.second, "passes": numbers.passes,
         "all_rows": of.row_modality.shape[0], "all_keys": of.key_modality.shape[0],
         "FIRST_PASSES": numbers.second if few else 0, "PASSES": numbers.passes if few else 0,
-        "INTERVALS": numbers.intervals,
+        "INTERVALS": numbers.intervals, "AFFINE": numbers.affine, "SPLIT": split, "PRECISION": float32_dots(),
+        "D": query.shape[-1], "BLOCK_D": padded(query.shape[-1]), "E": value.shape[-1],
+        "BLOCK_E": padded(value.shape[-1]), "UNIT": unit, "GROUP": query.shape[1] // key.shape[1],
+        "BLOCK_Q": block_q, "BLOCK_K": block_k, "PART": part,
     }  # fmt: skip
 
 
-def _blocks(query: Tensor, key: Tensor, value: Tensor, config: Sequence[int], unit: int) -> dict[str, Any]:
-    block_q, block_k, warps, stages, part = config
-    return {
-        "D": query.shape[-1], "BLOCK_D": padded(query.shape[-1]), "UNIT": unit,
-        "E": value.shape[-1], "BLOCK_E": padded(value.shape[-1]), "GROUP": query.shape[1] // key.shape[1],
-        "BLOCK_Q": block_q, "BLOCK_K": block_k, "PART": part, "num_warps": warps, "num_stages": stages,
-    }  # fmt: skip
+def _ready(kernel: Any, grid: tuple[int, ...], query: Tensor, given: dict[str, Any], config: Sequence[int]) -> Ready:
+    _, _, warps, stages, _ = config
+    return Ready(kernel, grid, query.device, ("tensors", "extras"), given, num_warps=warps, num_stages=stages)

@@ -2,12 +2,13 @@
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from moda_kernels.backends.triton import launch as of_attention
+from moda_kernels.backends.triton import launch
 from moda_kernels.backends.triton.kernels.decode import (
     CombineTensors,
     DecodeTensors,
@@ -16,8 +17,8 @@ from moda_kernels.backends.triton.kernels.decode import (
     attention_decode_turn,
 )
 from moda_kernels.backends.triton.kernels.primitives import Extras
-from moda_kernels.backends.triton.plan import Facts, PassNumbers
-from moda_kernels.runtime.launch import float32_dots, launch, padded
+from moda_kernels.backends.triton.plan import Facts, Kept, PassNumbers
+from moda_kernels.runtime.launch import Ready, float32_dots, padded
 
 #: Programs per multiprocessor that the keys are split for: side by side where registers allow it, else in turn.
 PROGRAMS_PER_SM = 2
@@ -25,6 +26,18 @@ PROGRAMS_PER_SM = 2
 INTERPRETED_PROGRAMS = 16
 #: Columns of a matrix that a program of the turning kernel takes, by bits: exact products fill registers sooner.
 TURN_COLUMNS = {16: 32, 32: 16}
+
+
+class _Launches(NamedTuple):
+    """Of one call, and the sizes of what its programs share. turn: of a call with a key map."""
+
+    turn: Ready | None
+    walk: Ready
+    combine: Ready
+    cells: int
+    shares: int
+    block_r: int
+    modalities: int
 
 
 def decode(
@@ -45,6 +58,7 @@ def decode(
     passes: Sequence[int],
     config: Sequence[int],
     scale: float,
+    kept: Kept | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output and lse, in the shapes of `launch.forward_outputs`; arguments as of `launch.forward`, but for
 
@@ -55,54 +69,79 @@ def decode(
     out, lse = decode_outputs(query, value, weights is not None)
     if out.numel() == 0 and lse.numel() == 0:
         return out, lse
-    q, k, v = (of_attention.rows_contiguous(x) for x in (query, key, value))
-    key_heads, split, of = k.shape[1], weights is not None, Facts(*facts)
-    group, cells, branches = q.shape[1] // key_heads, tiles.shape[0] * key_heads, 2 if split else 1
-    block_k, warps, stages = config
-    block_r, unit = padded(rows * group), of_attention.unit_of(q, k, v, out)
-    numbers = PassNumbers.read(passes)
-    mask, mask_kind, mask_strides = of_attention.mask_arguments(attn_mask, q, k)
-    shares = key_shares(cells * branches, k.shape[0] if k.dim() == 3 else k.shape[2], block_k, q.device)
-    new = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
-    sums, tops = new(branches, cells, shares, block_r, v.shape[-1]), new(branches, cells, shares, 2, block_r)
-    sizes = {"D": q.shape[-1], "BLOCK_D": padded(q.shape[-1]), "GROUP": group, "BLOCK_R": block_r, "UNIT": unit}
-    values = {"E": v.shape[-1], "BLOCK_E": padded(v.shape[-1])}
-    where = {"key_heads": key_heads, "query_length": of_attention.length_of(q), "p_tiles": tiles}
-    extras = Extras(bias, mask, weights, base, decay, count, fault)
-    turned = None
-    if matrix is not None:
-        turned = q.new_empty(numbers.modalities, cells, block_r, q.shape[-1])
-        columns = TURN_COLUMNS[q.element_size() * 8]
-        rounded, rest = of_attention.matrices(matrix, q)
-        launch(
-            attention_decode_turn, (cells, numbers.modalities, triton.cdiv(q.shape[-1], columns)), q.device,
-            p_q=q, p_matrix=rounded, p_matrix_rest=rest, p_turned=turned, p_row_modality=of.row_modality,
-            **of_attention.strides("q", q, unit), **where, **sizes, BLOCK_C=columns, PRECISION=float32_dots(),
-            num_warps=4,
+    q, k, v = launch.rows_contiguous(query), launch.rows_contiguous(key), launch.rows_contiguous(value)
+    extras = Extras(bias, launch.as_bytes(attn_mask), weights, base, decay, count, fault)
+    kind = ("decode", launch.kinds(q, k, v, bias, attn_mask), launch.which(extras), matrix is None, float32_dots())
+    kept = {} if kept is None else kept
+    if kind not in kept:
+        kept[kind] = _launches(
+            q, k, v, out, lse, bias, attn_mask, facts, tiles, rows, PassNumbers.read(passes), config, scale,
+            matrix is not None, weights is not None,
         )  # fmt: skip
-    launch(
-        attention_decode, (cells, shares, branches), q.device,
-        DecodeTensors(q, turned, k, v, sums, tops), extras, of,
-        p_modalities=of_attention.on_device(numbers.of_pass, q.device),
-        **of_attention.strides("q", q, unit), **of_attention.strides("k", k, unit),
-        **of_attention.strides("v", v, unit),
-        **of_attention.bias_strides(bias), **mask_strides, **where, key_length=of_attention.length_of(k),
-        first_passes=numbers.second, passes=numbers.passes, all_rows=of.row_modality.shape[0],
-        all_keys=of.key_modality.shape[0], scale=scale * of_attention.LOG2E, **sizes, **values, BLOCK_K=block_k,
-        INTERVALS=numbers.intervals, MASK=mask_kind, PRECISION=float32_dots(), num_warps=warps, num_stages=stages,
-    )  # fmt: skip
-    launch(
-        attention_decode_combine, (cells, rows * group), q.device,
-        CombineTensors(sums, tops, out, lse), extras, of.row_modality,
-        **of_attention.strides("o", out, unit), **of_attention.lse_strides("l", lse, q), **where, shares=shares,
-        all_rows=of.row_modality.shape[0], UNIT=unit, **values, GROUP=group, BLOCK_R=block_r, SPLIT=split, num_warps=4,
-    )  # fmt: skip
+    turn, walk, combine, cells, shares, block_r, modalities = kept[kind]
+    branches = 1 if weights is None else 2
+    sums = torch.empty((branches, cells, shares, block_r, v.shape[-1]), dtype=torch.float32, device=q.device)
+    tops = torch.empty((branches, cells, shares, 2, block_r), dtype=torch.float32, device=q.device)
+    turned = None
+    if turn is not None:
+        turned = q.new_empty(modalities, cells, block_r, q.shape[-1])
+        turn(q, *launch.matrices(matrix, q), turned)
+    walk(DecodeTensors(q, turned, k, v, sums, tops), extras)
+    combine(CombineTensors(sums, tops, out, lse), extras)
     return out, lse
+
+
+def _launches(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    attn_mask: Tensor | None,
+    facts: Sequence[Tensor],
+    tiles: Tensor,
+    rows: int,
+    numbers: PassNumbers,
+    config: Sequence[int],
+    scale: float,
+    mapped: bool,
+    split: bool,
+) -> _Launches:
+    block_k, warps, stages = config
+    key_heads, of = k.shape[1], Facts(*facts)
+    group, cells, branches = q.shape[1] // key_heads, tiles.shape[0] * key_heads, 2 if split else 1
+    block_r, unit, columns = padded(rows * group), launch.unit_of(q, k, v, out), TURN_COLUMNS[q.element_size() * 8]
+    shares = key_shares(cells * branches, k.shape[0] if k.dim() == 3 else k.shape[2], block_k, q.device)
+    given = {
+        "facts": of, "p_row_modality": of.row_modality, "p_tiles": tiles,
+        "p_modalities": launch.on_device(numbers.of_pass, q.device),
+        **launch.strides("q", q, unit), **launch.strides("k", k, unit), **launch.strides("v", v, unit),
+        **launch.strides("o", out, unit), **launch.lse_strides("l", lse, q), **launch.bias_strides(bias),
+        **launch.mask_numbers(attn_mask, q, k), "scale": scale * launch.LOG2E, "key_heads": key_heads,
+        "query_length": launch.length_of(q), "key_length": launch.length_of(k), "shares": shares,
+        "first_passes": numbers.second, "passes": numbers.passes, "all_rows": of.row_modality.shape[0],
+        "all_keys": of.key_modality.shape[0], "INTERVALS": numbers.intervals, "SPLIT": split,
+        "D": q.shape[-1], "BLOCK_D": padded(q.shape[-1]), "E": v.shape[-1], "BLOCK_E": padded(v.shape[-1]),
+        "UNIT": unit, "GROUP": group, "BLOCK_R": block_r, "BLOCK_K": block_k, "BLOCK_C": columns,
+        "PRECISION": float32_dots(),
+    }  # fmt: skip
+    of_calls = "tensors", "extras"
+    grid = cells, numbers.modalities, triton.cdiv(q.shape[-1], columns)
+    of_map = "p_q", "p_matrix", "p_matrix_rest", "p_turned"
+    return _Launches(
+        Ready(attention_decode_turn, grid, q.device, of_map, given, num_warps=4) if mapped else None,
+        Ready(
+            attention_decode, (cells, shares, branches), q.device, of_calls, given, num_warps=warps, num_stages=stages
+        ),
+        Ready(attention_decode_combine, (cells, rows * group), q.device, of_calls, given, num_warps=4),
+        cells, shares, block_r, numbers.modalities,
+    )  # fmt: skip
 
 
 def decode_outputs(query: Tensor, value: Tensor, split: bool) -> tuple[Tensor, Tensor]:
     """Room for output and lse."""
-    out, _, lse = of_attention.forward_outputs(query, value, split)
+    out, _, lse = launch.forward_outputs(query, value, split)
     return out, lse
 
 

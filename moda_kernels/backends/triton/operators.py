@@ -2,7 +2,8 @@
 
 The operators `attention`, `attention_backward` and `attention_decode` are opaque to compilers: plain tensors and
 numbers in, tensors out. `ModaAttention` above them is what autograd, `torch.func` and `torch.compile`
-see; `attention_decode`, for few query rows, has no gradient.
+see; `attention_decode`, for few query rows, has no gradient. Where nobody looks on (`runs_at_once`) their functions are
+called without torch's dispatcher, with what the plan keeps from one layer to the next.
 """
 
 import itertools
@@ -12,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moda_kernels.backends.triton.plan import AttentionPlan, Facts, PassNumbers
+from moda_kernels.backends.triton.plan import AttentionPlan, DecodePlan, Facts, PassNumbers
 from moda_kernels.products.operators import segment_gram, segment_project
 from moda_kernels.products.twin import Grouping
-from moda_kernels.runtime.operators import operator, register_vmap
+from moda_kernels.runtime.operators import operator, register_vmap, runs_at_once
 from moda_kernels.tokens.walks import KeyWalk, QueryWalk
 
 
@@ -147,10 +148,15 @@ class ModaAttention(torch.autograd.Function):
         attn_mask: Tensor | None,
         plan: AttentionPlan,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        tensors = (query, key, value, matrix, bias, base, decay, weights, attn_mask, plan.count, plan.fault)
+        if runs_at_once(*tensors):
+            out, parts, lse = _attention(
+                *tensors, plan.facts, plan.walk, plan.passes.numbers(), plan.config, plan.scale, plan.kept
+            )
+            return out, lse, parts
         out, parts, lse = _op_attention(
-            query, key, value, matrix, bias, base, decay, weights, attn_mask, plan.count, plan.fault,
-            list(plan.facts), list(plan.walk), plan.passes.numbers(), list(plan.config), plan.scale,
-        )  # fmt: skip
+            *tensors, list(plan.facts), list(plan.walk), plan.passes.numbers(), list(plan.config), plan.scale
+        )
         return out, lse, parts
 
     @staticmethod
@@ -163,14 +169,25 @@ class ModaAttention(torch.autograd.Function):
         # One of them is enough: delta needs the parts where there are any.
         kept = out if inputs[7] is None else parts
         of = plan.backward
-        walks = (of.query_walk, of.key_walk)
-        saved = _Saved._make([*tensors, kept, lse, plan.count, of.facts, *walks, plan.grouping])
-        ctx.save_for_backward(*saved.flat())
         ctx.numbers = (of.passes, of.query_config, of.key_config, plan.scale)
+        rest = (plan.count, of.facts, of.query_walk, of.key_walk, plan.grouping)
+        # Integers of a plan need no care of autograd's, but where a transform or a compiler wants to know all tensors.
+        ctx.plan = (rest, plan.kept) if runs_at_once(*tensors, out, lse) else None
+        if ctx.plan is None:
+            ctx.save_for_backward(*_Saved._make([*tensors, kept, lse, *rest]).flat())
+        else:
+            ctx.save_for_backward(*tensors, kept, lse)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, dlse: Tensor, dparts: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = _Saved.read(ctx.saved_tensors)
+        run, more = _op_attention_backward, []
+        if ctx.plan is None:
+            saved = _Saved.read(ctx.saved_tensors)
+        else:
+            (rest, kept), tensors = ctx.plan, ctx.saved_tensors
+            saved = _Saved._make([*tensors, *rest])
+            if runs_at_once(dout, dlse, *tensors):
+                run, more = _attention_backward, [kept]
         query, key, value, matrix, bias, base, decay, weights, *_ = saved
         passes, query_config, key_config, scale = ctx.numbers
         needed = ctx.needs_input_grad
@@ -178,10 +195,10 @@ class ModaAttention(torch.autograd.Function):
         if matrix is not None and saved.grouping is not None:
             # Folded again, a map would take three products per tile and pass; written, it takes one per key.
             fused = _by_token(segment_project(_by_token(key), matrix.flatten(0, 1), saved.grouping, keep=True))
-        dq, dk, dv, bias_sums, sums = _op_attention_backward(
+        dq, dk, dv, bias_sums, sums = run(
             dout, dlse, saved.out, saved.lse, query, fused, value, bias, base, decay, weights, saved.attn_mask,
             saved.counts, list(saved.facts), list(saved.query_walk), list(saved.key_walk), passes.numbers(),
-            list(query_config), list(key_config), scale,
+            list(query_config), list(key_config), scale, *more,
         )  # fmt: skip
         dmatrix = dbias = dbase = ddecay = dweights = None
         if matrix is not None and saved.grouping is not None:
@@ -192,13 +209,14 @@ class ModaAttention(torch.autograd.Function):
             dk = _by_token(segment_project(dfused, by_group.transpose(-1, -2), saved.grouping))
         if bias is not None and needed[4]:
             dbias = _bias_gradient(bias, bias_sums, saved.query_walk.tiles, passes, saved.facts.cu_k.shape[0] - 1)
-        per_head = sums.sum(0)  # [heads, branches, 3]
-        if base is not None and needed[5]:
-            dbase = per_head[..., 1].sum(1)
-        if decay is not None and needed[6]:
-            ddecay = per_head[..., 2].sum(1)
-        if weights is not None and needed[7]:
-            dweights = per_head[..., 0].T.contiguous()
+        if any(needed[5:8]):
+            per_head = sums.sum(0)  # [heads, branches, 3]
+            if needed[5]:
+                dbase = per_head[..., 1].sum(1)
+            if needed[6]:
+                ddecay = per_head[..., 2].sum(1)
+            if needed[7]:
+                dweights = per_head[..., 0].T.contiguous()
         grads: tuple[Tensor | None, ...] = (dq, dk, dv, dmatrix, dbias, dbase, ddecay, dweights)
         if torch.is_grad_enabled():
             of = [t for t in (dout, dlse, query, key, value, matrix, bias, base, decay, weights) if t is not None]
@@ -210,6 +228,33 @@ class ModaAttention(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
         """One call per entry: entries share the layout, so nothing is gained by folding them into the batch."""
         return _one_by_one(ModaAttention.apply, info, in_dims, inputs)
+
+
+def apply(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """`ModaAttention.apply` of these arguments but the last: whether anything is to be differentiated."""
+    *given, differentiable = arguments
+    function: Any = ModaAttention
+    if runs_at_once(*given[:-1]):
+        if not differentiable:
+            return ModaAttention.forward(*given)
+        # All that `Function.apply` does outside of transforms, but that it binds arguments to names, which takes longer
+        # than all else here.
+        function = super(torch.autograd.Function, ModaAttention)
+    out: tuple[Tensor, Tensor, Tensor] = function.apply(*given)
+    return out
+
+
+def decode(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Output and lse of few query rows: the tensors of `op_attention_decode` up to attn_mask, and a `DecodePlan`."""
+    plan: DecodePlan
+    *tensors, plan = arguments
+    if runs_at_once(*tensors):
+        return _attention_decode(*tensors, *plan)
+    count, fault, facts, tiles, rows, passes, config, scale, _ = plan
+    out: tuple[Tensor, Tensor] = op_attention_decode(
+        *tensors, count, fault, list(facts), tiles, rows, passes, config, scale
+    )
+    return out
 
 
 class _Once(torch.autograd.Function):

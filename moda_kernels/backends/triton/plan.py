@@ -5,9 +5,9 @@ Rules end in `tokens/intervals.py`: what comes from there is, per pass, interval
 position for each key, and from those alone `tokens/tiles.py` makes the walks.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ MAX_FOLDED_DIM = 128
 DECODE_ROWS = 16
 DECODE_FROM = 256
 DECODE_TILE = 32
+#: What launchers keep from one layer to the next, see `launch.py`.
+Kept = dict[Any, Any]
 #: Blocks of queries and keys, warps, stages, part of a masked tile: of forward, query's backward, keys' backward.
 Configs = tuple[tuple[int, ...], ...]
 
@@ -104,6 +106,7 @@ class AttentionPlan:
             none.
         grouping: the keys by sequence and modality, where a map is folded into the query; else None.
         scale: of the scores.
+        kept: launches made with this plan, see `launch.py`.
     """
 
     facts: Facts
@@ -115,6 +118,7 @@ class AttentionPlan:
     backward: "BackwardPlan | None"
     grouping: Grouping | None
     scale: float
+    kept: Kept = field(default_factory=dict)
 
 
 class BackwardPlan(NamedTuple):
@@ -128,9 +132,56 @@ class BackwardPlan(NamedTuple):
     key_config: tuple[int, ...]
 
 
-def make_plan(
-    call: AttentionCall, folded: bool, count: Tensor | None, chosen: Configs, differentiable: bool
-) -> AttentionPlan:
+class DecodePlan(NamedTuple):
+    """What the decode kernels need beside the tensors of a call: the last arguments of their operator."""
+
+    counts: Tensor | None
+    fault: Tensor | None
+    facts: Facts
+    tiles: Tensor
+    rows: int
+    passes: list[int]
+    config: list[int]
+    scale: float
+    kept: Kept
+
+
+T = TypeVar("T")
+
+
+def _once(call: AttentionCall, kind: tuple[Any, ...], make: Callable[[], T]) -> T:
+    """What all layers share that make such a call on the same queries. (A compiler traces how it is made.)"""
+    if torch.compiler.is_compiling():
+        return make()
+    length = None if call.pseudo is None else ("pseudo", call.pseudo.length)
+    sizes = (call.query.dtype, call.query.shape[1], call.query.shape[-1], call.key.shape[1], call.value.shape[-1])
+    bias, mask = call.pair_bias is not None, call.attn_mask is not None
+    return call.queries.remember((*kind, call.mask, call.split, bias, mask, length, call.scale, sizes), make)
+
+
+def attention_plan(call: AttentionCall, folded: bool, differentiable: bool) -> AttentionPlan:
+    """The plan of a call, with the configurations of the table."""
+
+    def make() -> AttentionPlan:
+        return make_plan(call, folded, configurations(call, folded), differentiable)
+
+    return _once(call, ("attention plan", folded, differentiable), make)
+
+
+def decode_plan(call: AttentionCall, folded: bool, rows: int) -> DecodePlan:
+    """The plan of a call for the decode kernels, with tiles of so many rows."""
+
+    def make() -> DecodePlan:
+        by_modality = call.pair_bias is not None or folded
+        return DecodePlan(
+            counts(call), fault(call.layout), facts(call, by_modality), decode_tiles(call.queries, rows), rows,
+            pass_numbers(call, by_modality).numbers(), decode_configuration(call), call.scale, {},
+        )  # fmt: skip
+
+    return _once(call, ("decode plan", folded, rows), make)
+
+
+def make_plan(call: AttentionCall, folded: bool, chosen: Configs, differentiable: bool) -> AttentionPlan:
     """What the kernels walk; what is for the backward, only where there will be one."""
     layout, of_forward, of_query, of_keys = call.layout, *chosen
     by_modality = call.pair_bias is not None
@@ -150,7 +201,7 @@ def make_plan(
         passes=pass_numbers(call, by_modality),
         walk=query_walk(call, by_modality, of_forward),
         config=of_forward,
-        count=count,
+        count=counts(call),
         fault=fault(layout),
         backward=backward,
         grouping=layout.grouping("modality") if folded else None,
@@ -200,9 +251,11 @@ def key_walk(call: AttentionCall, by_modality: bool, config: tuple[int, ...]) ->
     return walk
 
 
-def counts(call: AttentionCall, length: int | float | None) -> Tensor:
-    """How many pseudo scores each query row gets, int32 ``[branches, rows]``; -1 for infinitely many."""
-    layout, queries = call.layout, call.queries
+def counts(call: AttentionCall) -> Tensor | None:
+    """How many pseudo scores each query row gets, int32 ``[branches, rows]``; -1 for infinitely many. None: none."""
+    if call.pseudo is None:
+        return None
+    layout, queries, length = call.layout, call.queries, call.pseudo.length
 
     def make() -> Tensor:
         real = queries.of(layout.modality).flatten() >= 0
