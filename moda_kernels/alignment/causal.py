@@ -61,10 +61,11 @@ class CausalMap(KeyMap):
 
     def align(self, key: Tensor, layout: ModalityLayout) -> Tensor:
         number = self.pieces.number
-        if layout.num_tokens == 0 or number == 0:
+        # A graph that is being traced knows neither number: all pieces are one block there, however many there are.
+        if not torch.compiler.is_compiling() and (layout.num_tokens == 0 or number == 0):
             return key
         with torch.autocast(key.device.type, enabled=False):
-            size = self.size or self._block_size()
+            size = self.size or (None if torch.compiler.is_compiling() else self._block_size())
             if size is None:
                 block = self.pieces.block(0, number)
                 return self._fused(None, self.source, key, block)[0]

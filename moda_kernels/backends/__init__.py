@@ -55,11 +55,8 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: an unknown name.
     """
-    token = backend_name.name_in_block.set(_known("use_backend", name))
-    try:
+    with backend_name.block(_known("use_backend", name)):
         yield
-    finally:
-        backend_name.name_in_block.reset(token)
 
 
 def choose(call: AttentionCall, name: str | None) -> Backend:

@@ -101,6 +101,9 @@ def segment_modalities(
 
     if max_segments is None or on_cpu:
         segments = int(num_segments)
+        if torch.compiler.is_compiling():  # one of room, so that a tracer needn't ask whether there are any
+            segments += 1
+            torch._check(segments >= 1)
         if max_segments is None:
             max_segments = segments
         elif segments > max_segments:

@@ -378,6 +378,56 @@ def read(function: Callable[..., Any]) -> Facts | None:
     return Facts(own.window, window_on, None if block is None else block.blocks, own.documents, chunk)
 
 
+#: Decoders whose blocks are known to be runs, and those that see an image whole only within their window.
+_RUNS = ("gemma", "gemma3_text", "gemma4_text")
+_CUT_RUNS = ("gemma3_text", "gemma4_text")
+
+
+def evaluated(
+    function: Callable[..., Any], size: tuple[int, int, int], start: Start, told: Tensor | None, device: Any,
+    config: Any, said: dict[str, Any],
+) -> Facts:  # fmt: skip
+    """As `read`, where a graph is being traced and functions can't be looked into: which kind of mask it is follows
+    from how transformers calls, and where documents and blocks begin from the function's values at neighbouring tokens.
+
+    Args:
+        size: batch, queries, columns. start: position of query 0. told: the padding mask. said: the other arguments.
+
+    Raises:
+        NotImplementedError: blocks in a model of which it isn't known that they are runs.
+    """
+    batch, rows, columns = size
+    local, kind = said.get("local_size"), getattr(config, "model_type", None)
+    chunked = local is not None and "chunked_attention" in (getattr(config, "layer_types", None) or ())
+    chunked = chunked or (local is not None and getattr(config, "sliding_window", None) != local)
+    composed, whole = bool(said.get("use_vmap")), function.__name__ == "or_mask"
+    if composed and kind not in _CUT_RUNS:
+        raise UnknownMaskError("a mask of the caller's own functions can't be read while a graph is traced")
+    if whole and kind not in _RUNS:
+        raise NotImplementedError("blocks (block_sequence_ids) can't be read while a graph is traced")
+    row = torch.arange(batch, device=device)[:, None]
+    documents = blocks = None
+    head = torch.zeros_like(row)
+    column = torch.arange(columns, device=device)[None]
+    if told is None and rows == columns and isinstance(start, int) and start == 0 and rows > 1:
+        same = function(row, head, column[:, 1:], column[:, :-1]).expand(batch, columns - 1)
+        documents = torch.nn.functional.pad((~same).long(), (1, 0)).cumsum(1)
+    if (composed or whole) and columns > 1:
+        ahead = function(row, head, column[:, :-1], column[:, 1:]).expand(batch, columns - 1)
+        after, before = (torch.nn.functional.pad(ahead.long(), side) for side in ((0, 1), (1, 0)))
+        number = torch.cumsum(((after > 0) & (before == 0)).long(), 1) - 1
+        blocks = torch.where((after > 0) | (before > 0), number, -1)
+    if chunked and documents is None:
+        left = torch.zeros(batch, dtype=torch.int64, device=device)
+        if told is not None:
+            left = (told.cumsum(-1) == 0).sum(-1)
+        return Facts(None, "past", blocks, None, (int(local), left))  # type: ignore[arg-type]
+    if composed:
+        local = config.sliding_window
+    window = None if chunked or local is None else int(local)
+    return Facts(window, "all" if composed else "past", blocks, documents)
+
+
 def asked(
     batch_size: int,
     q_length: int,
@@ -399,7 +449,14 @@ def asked(
 
     function = masking_utils.causal_mask_function if mask_function is None else mask_function
     try:
-        facts = read(function)
+        if torch.compiler.is_compiling():
+            if others.get("allow_is_causal_skip") is None:
+                facts = None
+            else:
+                size = (batch_size, q_length, kv_length)
+                facts = evaluated(function, size, q_offset, attention_mask, device, config, others)
+        else:
+            facts = read(function)
     except NotImplementedError as error:
         kind = getattr(config, "model_type", "?")
         layers = "layers with a window or chunks" if others.get("local_size") else "full layers"

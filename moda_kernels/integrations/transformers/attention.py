@@ -6,12 +6,12 @@ Who sees whom is in the `AskedMask` that the model's own code asked for (`asked.
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from moda_kernels.alignment.maps import KeyMap, align_keys
+from moda_kernels.alignment.maps import KeyMap, ModalityMap, align_keys
 from moda_kernels.alignment.memory import DecodeState
 from moda_kernels.alignment.released import ReleasedAligner
 from moda_kernels.attention import moda_attention, own_pseudo
@@ -50,7 +50,12 @@ class LayerSettings:
     heads: Heads | None = None
 
 
-@dataclass(frozen=True, eq=False)
+class Made(Protocol):
+    """What tokens are made of: `hooks.Call`."""
+
+    def made(self) -> tuple[ModalityLayout | None, DecodeState | None, Tensor | None]: ...
+
+
 class Tokens:
     """What the tokens of one forward call are.
 
@@ -61,9 +66,18 @@ class Tokens:
         documents: int64 ``[B, L]`` of packed rows, else None.
     """
 
-    layout: ModalityLayout | None
-    state: DecodeState | None
-    documents: Tensor | None = None
+    def __init__(self, call: Made) -> None:
+        self._call: Made | None = call
+        self.layout: ModalityLayout | None = None
+        self.state: DecodeState | None = None
+        self.documents: Tensor | None = None
+
+    def ready(self) -> "Tokens":
+        """Itself, made at the first call."""
+        if self._call is not None:
+            self.layout, self.state, self.documents = self._call.made()
+            self._call = None
+        return self
 
 
 def register() -> None:
@@ -105,6 +119,7 @@ def attention(
     """
     settings: LayerSettings | None = getattr(module, SETTINGS, None)
     tokens: Tokens | None = others.pop(ARGUMENT, None)
+    tokens = None if tokens is None else tokens.ready()
     aligner = getattr(module, ALIGNER, None)
     if softcap is not None:
         raise NotImplementedError(f"softcap of {type(module).__name__}: MODA has none; use attn_implementation='eager'")
@@ -153,6 +168,8 @@ def attention(
         released = {"value": valued} if is_released(aligner) else {}
         key_map = aligner(spread(settings, mapped), **where, **released)
         pseudo = _pseudo(module, settings, aligner, pseudo, query.shape[1])
+    if tokens is not None and tokens.documents is not None and not packed:
+        _check_traced(module, settings, key_map)
     options = {"dropout_p": dropout, "scale": scaling, "enable_gqa": True, "pseudo": pseudo}
     own = settings is not None and settings.mask is not None
     plain = isinstance(attention_mask, AskedMask) and attention_mask.plain
@@ -234,6 +251,19 @@ def narrowed(mask: ModularMask, asked_mask: AskedMask) -> ModularMask:
     if window is None or (mask.window is not None and mask.window <= window):
         return mask
     return ModularMask(mask.rules, window, "all")
+
+
+def _check_traced(module: nn.Module, settings: LayerSettings | None, key_map: KeyMap | None) -> None:
+    """Where documents are chunks of their row: what would look beyond them."""
+    if settings is None:
+        return
+    whole = isinstance(key_map, ModalityMap) or (settings.pseudo is not None and settings.pseudo.length is None)
+    if whole or settings.mask is not None:
+        raise NotImplementedError(
+            f"{type(module).__name__}: position_ids (which may tell of packed documents) in a compiled call, together "
+            "with scope='sequence', PseudoAttention(length=None) or a mask of your own: leave position_ids out, or run "
+            "the call uncompiled"
+        )
 
 
 def _documents(mask: AskedMask, bounds: Tensor, columns: int) -> Tensor:

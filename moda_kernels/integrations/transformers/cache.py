@@ -51,6 +51,21 @@ def _remembering(kind: Any) -> Any:
     return type(kind.__name__, (_Remembers, kind), {"__module__": kind.__module__})
 
 
+#: The class of a cache that grows; made before a graph is traced, in which classes can't be.
+_growing: list[Any] = []
+
+
+def prepare() -> None:
+    from transformers import DynamicCache
+
+    _growing[:] = [_remembering(DynamicCache)]
+
+
+def new(config: Any) -> Any:
+    """A cache that grows."""
+    return _growing[0](config=config)
+
+
 #: How many tokens assisted generation may take back cheaply.
 UNDO = 32
 
@@ -69,15 +84,16 @@ def state_of(name: str, cache: Any, num_modalities: int, window: int | None = No
 
     if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
         raise checks.wrong_type(name, "a transformers Cache of one decoder", cache)
-    if not isinstance(cache, _Remembers):
+    if not hasattr(cache, "moda_state"):
         if int(cache.get_seq_length()) > 0:
             raise checks.wrong_value(
                 name,
                 "a cache that an enabled model has filled from its first token (start from an empty one)",
                 f"one with {int(cache.get_seq_length())} tokens of unknown modality",
             )
-        kind: Any = type(cache)
-        cache.__class__ = _remembering(kind)
+        if not isinstance(cache, _Remembers):
+            kind: Any = type(cache)
+            cache.__class__ = _remembering(kind)
         cache.moda_state = DecodeState(num_modalities, undo=UNDO if window is None else min(UNDO, max(window - 1, 0)))
     state: DecodeState = cache.moda_state
     held = cache.get_seq_length()

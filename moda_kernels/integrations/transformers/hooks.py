@@ -5,7 +5,6 @@ model, a layout (or with a KV cache, a `DecodeState`) is made of what is known, 
 the model passes to every layer (also to those that gradient checkpointing runs again).
 """
 
-import functools
 import inspect
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moda_kernels.alignment.memory import DecodeState
 from moda_kernels.integrations.transformers import cache as caches
 from moda_kernels.integrations.transformers import ids as modalities
 from moda_kernels.integrations.transformers.asked import AskedMask, bounds_of, documents_of
 from moda_kernels.integrations.transformers.attention import ALIGNER, ARGUMENT, BOUNDS, NAME, SETTINGS, Tokens
 from moda_kernels.runtime import checks
+from moda_kernels.tokens.layout import ModalityLayout
 from moda_kernels.tokens.segments import segment_modalities
 
 #: What transformers calls the cache among a model's arguments: from 5.24 on, and before it.
@@ -30,11 +31,35 @@ FOUND = "moda_modality_ids"
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """On the text model and on the model around it, which sees ``input_ids``."""
+    """On the text model and on the model around it, which sees ``input_ids``.
+
+    Attributes:
+        names: of the arguments of its forward. cache_name: what it calls its cache.
+    """
 
     family: modalities.Family
     num_modalities: int
     config: Any
+    names: tuple[str, ...]
+    cache_name: str
+
+    @classmethod
+    def of(cls, module: nn.Module, family: modalities.Family, num_modalities: int, config: Any) -> "ModelSettings":
+        names = tuple(name for name in inspect.signature(module.forward).parameters if name not in ("args", "kwargs"))
+        cache = next((name for name in CACHE_ARGUMENTS if name in names), CACHE_ARGUMENTS[-1])
+        return cls(family, num_modalities, config, names, cache)
+
+    def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """All arguments of a call by name."""
+        return dict(zip(self.names, args, strict=False)) | kwargs
+
+    @staticmethod
+    def cache(arguments: dict[str, Any]) -> Any:
+        """The cache of a call, whichever name it came by."""
+        for name in CACHE_ARGUMENTS:
+            if arguments.get(name) is not None:
+                return arguments[name]
+        return None
 
 
 def before_model(
@@ -42,7 +67,7 @@ def before_model(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Before the model that sees ``input_ids``."""
     settings: ModelSettings = getattr(module, MODEL)
-    arguments = _named(module, args, kwargs)
+    arguments = settings.named(args, kwargs)
     found = settings.family.find(settings.config, arguments)
     return (), arguments if found is None else arguments | {FOUND: found}
 
@@ -63,79 +88,82 @@ def before_text_model(
             f'{{"text_config": {NAME!r}}}, or {NAME!r} for a plain decoder); to do without MODA call disable(model)',
             repr(implementation),
         )
-    arguments = _named(module, args, kwargs)
+    arguments = settings.named(args, kwargs)
     found = arguments.pop(FOUND, None)
     source = arguments.get("inputs_embeds")
     source = arguments.get("input_ids") if source is None else source
     if not isinstance(source, Tensor) or arguments.get(ARGUMENT) is not None:
         return (), arguments  # the model says itself what it misses
-    batch, new = source.shape[:2]
-    documents = _documents(module, arguments, batch, new)
+    documents = _documents(module, arguments, source)
 
     state = None
     # Layers that are checkpointed go without a cache, whoever asks for one.
     checkpointed = module.training and any(getattr(part, "gradient_checkpointing", False) for part in module.modules())
     if documents is None and not checkpointed:
-        name, cache = cache_of(module, arguments)
+        name, cache = settings.cache_name, settings.cache(arguments)
         use_cache = arguments.get("use_cache")
         use_cache = getattr(module.config, "use_cache", False) if use_cache is None else use_cache
         if cache is None and use_cache:
-            from transformers import DynamicCache
-
-            cache = arguments[name] = DynamicCache(config=module.config)
+            cache = arguments[name] = caches.new(module.config)
         if cache is not None:
             state = caches.state_of(
                 name, cache, settings.num_modalities, getattr(module.config, "sliding_window", None)
             )
-    past = 0 if state is None else state.length
-
-    told = modalities.told(batch, new, past, source.device)
-    if told is None:
-        found = settings.family.find(settings.config, arguments) if found is None else found
-        if found is None:
-            raise checks.wrong_value(
-                "modality ids",
-                "input_ids of a family that enable() knows "
-                f"({', '.join(sorted(modalities.FAMILIES))}), or `with modality_ids(ids):` around the call",
-                f"a call of {type(module).__name__} that says nothing of modalities",
-            )
-        told = modalities.Told(found.to(source.device), None)
-    if told.ids.shape != (batch, new):
-        raise checks.wrong_value("modality ids", f"shape {(batch, new)}, one for each new token", told.ids)
-    ids = _without_padding(told.ids, arguments.get("attention_mask"), past)
-    if state is not None:
-        state.append(ids, item_ids=told.items)
-        tokens = Tokens(None, state)
-    else:
-        told_of: dict[str, Any] = {"item_ids": told.items, "num_modalities": settings.num_modalities}
-        if documents is not None and torch.compiler.is_compiling():
-            told_of["chunks"] = documents
-        elif documents is not None:
-            ids, told_of["cu_seqlens"] = ids.flatten(), bounds_of(documents)
-            told_of["item_ids"] = None if told.items is None else told.items.flatten()
-        tokens = Tokens(segment_modalities(ids, **told_of), None, documents)
+    call = Call(settings, type(module).__name__, source, found, arguments, documents, state)
+    tokens = Tokens(call)
+    if not torch.compiler.is_compiling():  # what can't be is refused before any layer has run
+        tokens.ready()
     return (), arguments | {ARGUMENT: tokens}
 
 
-def cache_of(module: nn.Module, arguments: dict[str, Any]) -> tuple[str, Any]:
-    """What a model calls its cache, and the cache of a call, whichever name it came by."""
-    given = (arguments[name] for name in CACHE_ARGUMENTS if arguments.get(name) is not None)
-    kind: Any = type(module)
-    return _cache_argument(kind), next(given, None)
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What a call of the text model says of its tokens. (Made into tensors by the first layer where a graph is traced:
+    torch.compile takes the hooks of the module that it is given for functions of their own.)
 
+    Attributes:
+        name: of the text model. source: what has the shape of the new tokens. found: modalities, by the model around.
+        documents: as `Tokens.documents`, found already.
+    """
 
-@functools.cache
-def _cache_argument(kind: Any) -> str:
-    parameters = inspect.signature(kind.forward).parameters
-    return next((name for name in CACHE_ARGUMENTS if name in parameters), CACHE_ARGUMENTS[-1])
+    settings: ModelSettings
+    name: str
+    source: Tensor
+    found: Tensor | None
+    arguments: dict[str, Any]
+    documents: Tensor | None
+    state: DecodeState | None
 
-
-def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a call by name."""
-    if not args:
-        return dict(kwargs)
-    names = [name for name in inspect.signature(module.forward).parameters if name not in ("args", "kwargs")]
-    return dict(zip(names, args, strict=False)) | kwargs
+    def made(self) -> tuple[ModalityLayout | None, DecodeState | None, Tensor | None]:
+        """Of `Tokens`."""
+        settings, state, device = self.settings, self.state, self.source.device
+        batch, new = self.source.shape[:2]
+        past = 0 if state is None else state.length
+        told = modalities.told(batch, new, past, device)
+        if told is None:
+            found = settings.family.find(settings.config, self.arguments) if self.found is None else self.found
+            if found is None:
+                raise checks.wrong_value(
+                    "modality ids",
+                    "input_ids of a family that enable() knows "
+                    f"({', '.join(sorted(modalities.FAMILIES))}), or `with modality_ids(ids):` around the call",
+                    f"a call of {self.name} that says nothing of modalities",
+                )
+            told = modalities.Told(found.to(device), None)
+        if told.ids.shape != (batch, new):
+            raise checks.wrong_value("modality ids", f"shape {(batch, new)}, one for each new token", told.ids)
+        ids = _without_padding(told.ids, self.arguments.get("attention_mask"), past)
+        if state is not None:
+            state.append(ids, item_ids=told.items)
+            return None, state, None
+        more: dict[str, Any] = {"item_ids": told.items, "num_modalities": settings.num_modalities}
+        documents = self.documents
+        if documents is not None and torch.compiler.is_compiling():
+            more["chunks"] = documents
+        elif documents is not None:
+            ids, more["cu_seqlens"] = ids.flatten(), bounds_of(documents)
+            more["item_ids"] = None if told.items is None else told.items.flatten()
+        return segment_modalities(ids, **more), None, documents
 
 
 def _adds_something(module: nn.Module) -> bool:
@@ -161,12 +189,15 @@ def _without_padding(ids: Tensor, attention_mask: Any, past: int) -> Tensor:
     return torch.where(shown.to(ids.device) > 0, ids, -1)
 
 
-def _documents(module: nn.Module, arguments: dict[str, Any], batch: int, new: int) -> Tensor | None:
+def _documents(module: nn.Module, arguments: dict[str, Any], source: Tensor) -> Tensor | None:
     """int64 ``[B, new]``: the documents of packed rows, told by positions that start again (where transformers looks
     for them: without a padding mask and a cache) or by `cu_seq_lens_q`; None: rows are documents."""
-    _, cache = cache_of(module, arguments)
+    cache = ModelSettings.cache(arguments)
     mask, positions, bounds = (arguments.get(n) for n in ("attention_mask", "position_ids", BOUNDS))
     documents: Tensor | None = None
+    if all(said is None for said in (mask, positions, bounds)):
+        return None
+    batch, new = source.shape[:2]
     if isinstance(bounds, Tensor):
         if batch != 1 or cache is not None:
             raise checks.wrong_value(BOUNDS, "one row of packed documents, without a cache", f"{batch} rows")

@@ -24,6 +24,8 @@ class Told(NamedTuple):
 
 
 _told: ContextVar[Told | None] = ContextVar("moda_kernels_modality_ids", default=None)
+#: The same for code that is being compiled, which can't read context variables: the newest block of any thread.
+_told_last: list[Told] = []
 
 
 @contextlib.contextmanager
@@ -52,16 +54,22 @@ def modality_ids(ids: Tensor, *, item_ids: Tensor | None = None, rest: int | Non
         raise checks.wrong_value("ids", "[B, L]", ids)
     if item_ids is not None:
         checks.shape("item_ids", checks.integer_tensor("item_ids", item_ids), ids.shape, "of ids")
-    token = _told.set(Told(ids, item_ids, rest))
+    said = Told(ids, item_ids, rest)
+    token = _told.set(said)
+    _told_last.append(said)
     try:
         yield
     finally:
+        _told_last[:] = [other for other in _told_last if other is not said]
         _told.reset(token)
 
 
 def told(batch: int, new: int, past: int, device: torch.device) -> Told | None:
     """What :func:`modality_ids` says about ``new`` tokens of each row, after ``past`` others; int64 ``[B, n]``."""
-    said = _told.get()
+    if torch.compiler.is_compiling():
+        said = _told_last[-1] if _told_last else None
+    else:
+        said = _told.get()
     if said is None:
         return None
     rows, length = said.ids.shape

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moda_kernels.alignment.aligner import DuplexAligner
 from moda_kernels.alignment.maps import FUSIONS
 from moda_kernels.alignment.released import ReleasedAligner
+from moda_kernels.integrations.transformers import cache as caches
 from moda_kernels.integrations.transformers import hooks
 from moda_kernels.integrations.transformers.attention import ALIGNER, CONFIG, NAME, SETTINGS, LayerSettings, register
 from moda_kernels.integrations.transformers.families import FAMILIES, UNKNOWN, refuse_unknown
@@ -134,14 +135,14 @@ def enable(
             module.add_module(ALIGNER, aligners[index])
             aligners[index].train(module.training)
         setattr(module, SETTINGS, LayerSettings(mask if own else None, pseudo if own else None, heads))
-    settings = ModelSettings(family, m, outer.config)
     handles = [text.register_forward_pre_hook(hooks.before_text_model, with_kwargs=True)]
     if outer is not text:
-        setattr(outer, MODEL, settings)
+        setattr(outer, MODEL, ModelSettings.of(outer, family, m, outer.config))
         handles.append(outer.register_forward_pre_hook(hooks.before_model, with_kwargs=True))
-    setattr(text, MODEL, settings)
+    setattr(text, MODEL, ModelSettings.of(text, family, m, outer.config))
     setattr(text, _HANDLES, (handles, text.config._attn_implementation))
     register()
+    caches.prepare()
     text.set_attn_implementation(NAME)
     for config in (base.config, text.config):
         setattr(config, CONFIG, saved)
