@@ -19,6 +19,7 @@ import moda_kernels as mk
 from moda_kernels.backends.triton import operators
 from moda_kernels.backends.triton.plan import Facts
 from moda_kernels.runtime import gpu, native
+from moda_kernels.runtime.later import Later
 from moda_kernels.testing import CASES, Case
 from moda_kernels.tokens.layout import ModalityLayout
 from moda_kernels.tokens.walks import KeyWalk, QueryWalk
@@ -248,6 +249,27 @@ def test_aligned_keys(fusion: str, renorm: bool, scope: str) -> None:
         torch.autograd.grad(fused.float().sum(), (k, *aligner.parameters()))
         out = mk.moda_attention(q, k, v, layout=layout, mask=MASK, key_map=aligner(k, layout), enable_gqa=True)
         torch.autograd.grad(out.float().sum(), (q, k, v, *aligner.parameters()))
+
+
+def test_a_loose_bound_of_segments_costs_no_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 2,000 segments that there may be, the blocks of the 40 that there are, as soon as the device has said so.
+    (Until then, one block for every 128 that there may be.)"""
+
+    def launches(known: int | None, bound: int) -> list[str]:
+        monkeypatch.setattr(Later, "value", property(lambda self: known))
+        with recorded() as recorder:
+            ids = torch.zeros(1, 4096, dtype=torch.long, device=DEVICE)
+            layout = mk.segment_modalities(ids, num_modalities=2, max_segments=bound)
+            key = normal(1, 2, 4096, 64, grad=True)
+            aligner = mk.DuplexAligner(64, 2, scope="causal", device=DEVICE)
+            fused = mk.align_keys(key, aligner(key, layout), layout)
+            torch.autograd.grad(fused.float().sum(), (key, *aligner.parameters()))
+        return [name for name in kernels(recorder) if name.startswith("_segment")]
+
+    forward, blocks = ["_segment_gram_kernel", "_segment_project_kernel"], -(-2000 // 128)
+    assert launches(None, 40)[:2] == launches(40, 2000)[:2] == forward
+    assert len(launches(40, 2000)) <= len(launches(None, 40)) + 2  # its block is computed again in the backward
+    assert launches(None, 2000)[: 2 * blocks] == forward * blocks
 
 
 def test_products_and_affinity() -> None:
