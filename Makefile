@@ -31,7 +31,7 @@ demo: extension ## run the demonstration
 test: extension ## run the tests
 	$(PY) -m pytest $$($(PY) -c 'import xdist; print("-n 2 --dist worksteal")' 2>/dev/null) $(ARGS)
 
-fuzz: extension ## random calls against the reference: BACKEND=cpu, triton or reference; CALLS=500; SEED=0, of the first
+fuzz: extension ## random calls against the reference: BACKEND=cpu, flex, triton or reference; CALLS=500; SEED=0, of the first
 	@$(PY) -m moda_kernels.testing --backend $(or $(BACKEND),cpu) --seed $(or $(SEED),0) --calls $(or $(CALLS),500)
 
 docs: docs-packages ## build the documentation as a site into site/

@@ -193,6 +193,7 @@ def moda_attention(
         query_start=query_start,
         cu_seqlens_q=cu_seqlens_q,
         state=state,
+        return_lse=return_lse,
     )
     for watch in watchers:
         watch(call)

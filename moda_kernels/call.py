@@ -9,10 +9,11 @@ from torch import Tensor
 
 from moda_kernels.alignment.maps import KeyMap
 from moda_kernels.alignment.memory import DecodeState, LayerState, layer_of
+from moda_kernels.products.twin import compute_dtype
 from moda_kernels.runtime import checks
 from moda_kernels.tokens.layout import ModalityLayout, QueryRows
 from moda_kernels.tokens.mask import ModularMask, Visibility, default_mask
-from moda_kernels.tokens.pseudo import PseudoAttention
+from moda_kernels.tokens.pseudo import PseudoAttention, pseudo_counts
 from moda_kernels.tokens.segments import as_layout
 
 
@@ -28,6 +29,7 @@ class AttentionCall:
             before, a strided view), or fold a `ModalityMap` that is `foldable` into the query.
         scale: τ⁻¹.
         branch_weights: (self, cross), each a float or ``[Hq]``; used where ``split``.
+        return_lse: whether lse is wanted; a backend to which it costs something may leave it out if not.
     """
 
     query: Tensor
@@ -43,6 +45,7 @@ class AttentionCall:
     pseudo: PseudoAttention | None
     split: bool
     branch_weights: tuple[float | Tensor, float | Tensor]
+    return_lse: bool = True
 
     @property
     def query_heads(self) -> int:
@@ -74,6 +77,7 @@ class AttentionCall:
         query_start: int | Tensor | None = None,
         cu_seqlens_q: Tensor | None = None,
         state: DecodeState | LayerState | None = None,
+        return_lse: bool = True,
     ) -> "AttentionCall":
         """Check the arguments of `moda_attention` (which documents them) before any work."""
         if state is not None:
@@ -154,7 +158,36 @@ class AttentionCall:
             pseudo=pseudo,
             split=duplex == "split",
             branch_weights=_checked_branch_weights(branch_weights, heads, layout.device),
+            return_lse=return_lse,
         )
+
+    def log_pseudo(self, same: bool | None) -> Tensor:
+        """log P_i, ``[B, Hq, Lq]`` (packed: a batch of one), of one softmax, where there are pseudo scores; -inf for
+        padding.
+
+        Args:
+            same: over keys of the query's modality, of the others (False), or of all (None).
+        """
+        assert self.pseudo is not None
+        modality = self.queries.of(self.layout.modality)
+        counts = pseudo_counts(self.layout, self.queries, self.mask, self.split)
+        tokens, seen = (of[1 if same is False else 0] for of in counts)
+        if self.layout.packed:
+            tokens, seen, modality = tokens[None], seen[None], modality[None]
+        extra = self.pseudo.log_mass(tokens, seen, compute_dtype(self.query))
+        return torch.where(modality[:, None] >= 0, extra, -math.inf).expand(-1, self.query_heads, -1)
+
+    def merged(self, parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Output and lse of the call from those of its softmaxes (one, or own and cross), ``[B, Hq, Lq, …]`` (packed: a
+        batch of one)."""
+        out, lse = parts[0]
+        if self.split:
+            cross, cross_lse = parts[1]
+            of_own, of_cross = (w[:, None, None] if isinstance(w, Tensor) else w for w in self.branch_weights)
+            wide = compute_dtype(self.query)
+            out = (of_own * out.to(wide) + of_cross * cross.to(wide)).to(self.query.dtype)
+            lse = torch.stack((lse, cross_lse), -1)
+        return (out[0].transpose(0, 1), lse[0]) if self.layout.packed else (out, lse)
 
     def poisoned(self, result: Tensor) -> Tensor:
         """NaN everywhere where the layout, on CUDA, turned out to have more segments than it has room for."""

@@ -3,6 +3,7 @@
 A failure is a line for the shell that repeats the one call. `make fuzz` runs more of them.
 """
 
+import contextlib
 import dataclasses
 import math
 import warnings
@@ -10,36 +11,36 @@ import warnings
 import pytest
 import torch
 
-from moda_kernels import backends
+from moda_kernels import backends, testing
 from moda_kernels.backends.cpu import rectangles
 from moda_kernels.testing import fuzz
 from moda_kernels.testing.__main__ import main
 
 #: Calls of each backend, and in how many tests, so that these can be spread over processes.
-BACKENDS = ("reference", "cpu", "triton")
-CALLS = 500
+CALLS = {"reference": 500, "cpu": 500, "flex": 100, "triton": 500}
 TESTS = 20
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(TESTS))
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CALLS)
 def test_random_calls(backend: str, part: int) -> None:
     absent = backends.BACKENDS[backend].why_absent()
     if absent:
         pytest.skip(f"{backend}: {'; '.join(absent)}")
     on_gpu = backend == "triton" and torch.cuda.is_available()
-    count = CALLS // TESTS
+    count = CALLS[backend] // TESTS
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of the interpreter's numpy: 1 / 0 where nothing is seen
-        faults, refused = fuzz.trials(part * count, count, backend, "cuda" if on_gpu else "cpu")
+        with testing.eager_flex() if backend == "flex" else contextlib.nullcontext():
+            faults, refused = fuzz.trials(part * count, count, backend, "cuda" if on_gpu else "cpu")
     assert not faults, "\n" + "\n".join(faults)
     assert refused == 0, "calls that are refused show nothing: draw others"
 
 
 def test_every_option_is_drawn() -> None:
     """Over the calls of the gate each option comes up, alone and with others."""
-    calls = [fuzz.draw(seed) for seed in range(CALLS)]
+    calls = [fuzz.draw(seed) for seed in range(CALLS["reference"])]
     said = {
         "packed": sum(call.tokens.packed for call in calls),
         "roles": sum(call.tokens.roles is not None for call in calls),

@@ -6,12 +6,14 @@ To add a backend: write its module with an object that has the four members of `
 import contextlib
 import logging
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from moda_kernels.backends import trust
 from moda_kernels.backends.cpu import CpuBackend
+from moda_kernels.backends.flex import FlexBackend
 from moda_kernels.backends.reference import ReferenceBackend
 from moda_kernels.backends.triton import TritonBackend
 from moda_kernels.call import AttentionCall
@@ -40,22 +42,32 @@ class Backend(Protocol):
 
 
 #: In the order in which `auto` asks them.
-BACKENDS: dict[str, Backend] = {b.name: b for b in (TritonBackend(), CpuBackend(), ReferenceBackend())}
+BACKENDS: dict[str, Backend] = {b.name: b for b in (TritonBackend(), FlexBackend(), CpuBackend(), ReferenceBackend())}
 
 _told: set[tuple[str, ...]] = set()
 
 
 @contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: str, **options: Any) -> Iterator[None]:
     """Within the block, `moda_attention` runs on this backend or raises, saying every reason.
 
     Args:
         name: a backend's name, or "auto" for the first that can run the call.
+        options: of "flex": FlexAttention's ``kernel_options`` (``BACKEND="FLASH"``, ``BLOCK_M=64``, …), and
+            ``BLOCK_SIZE``, an int or (queries, keys), the tiles of its block mask.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, of a backend or of an option. TypeError: an option's value; options for a backend
+            that has none.
     """
-    with backend_name.block(_known("use_backend", name)):
+    _known("use_backend", name)
+    checked: tuple[tuple[str, Any], ...] = ()
+    if options:
+        check = getattr(BACKENDS.get(name), "check_options", None)
+        if check is None:
+            raise checks.wrong_type("use_backend", f"no options with {name!r}", options)
+        checked = check(options)
+    with backend_name.block(name, checked):
         yield
 
 
@@ -67,13 +79,18 @@ def choose(call: AttentionCall, name: str | None) -> Backend:
     """
     name = named_backend(name)
     refused: list[str] = []
+    distrusted: list[str] = []
     for backend in asked(name, call.query.device):
         reasons = backend.why_absent() or backend.why_not(call)
+        if not reasons and name == "auto" and isinstance(backend, TritonBackend):
+            distrusted = [f"{backend.name}: {reason}" for reason in trust.why_not(call, backend.attend)]
+            if distrusted:  # which was told where it was found
+                continue
         if not reasons:
             _tell_once(backend.name, refused)
             return backend
         refused += [f"{backend.name}: {reason}" for reason in reasons]
-    raise NotImplementedError(f"backend {name!r} can't run this call: " + "; ".join(refused))
+    raise NotImplementedError(f"backend {name!r} can't run this call: " + "; ".join(distrusted + refused))
 
 
 def asked(name: str, device: torch.device) -> list[Backend]:

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 
 import moda_kernels
 from moda_kernels import backends
+from moda_kernels.backends.flex import options
 from moda_kernels.call import AttentionCall
-from moda_kernels.runtime import backend_name, native
+from moda_kernels.runtime import backend_name, native, self_check
 from moda_kernels.tokens.mask import ModularMask
 from moda_kernels.tokens.segments import segment_modalities
 
@@ -26,6 +27,8 @@ PACKAGES = {
 }
 VARIABLES = {
     backend_name.ENVIRONMENT: "names a backend for the whole process",
+    options.ENVIRONMENT: "options of FlexAttention, as JSON",
+    self_check.ENVIRONMENT: "1 tries Triton kernels before they are trusted, 0 doesn't",
     "MODA_KERNELS_AUTOTUNE": "1 searches for the Triton kernels' fastest configurations",
     "MODA_KERNELS_NATIVE": "0 switches the native extension off",
 }
@@ -101,7 +104,11 @@ def native_extension() -> Rows:
 
 def backends_here() -> Rows:
     rows = [(name, _yes_or("; ".join(backend.why_absent()))) for name, backend in backends.BACKENDS.items()]
-    return rows + [("auto", f"takes {taken(device, 'auto')} on {device}") for device in devices()]
+    rows += [("auto", f"takes {taken(device, 'auto')} on {device}") for device in devices()]
+    for device in devices():
+        tried = "tries each kind of Triton kernel once" if self_check.wanted(torch.device(device)) else "tries nothing"
+        rows.append(("self-check", f"{tried} on {device} ({self_check.architecture(torch.device(device))})"))
+    return rows
 
 
 def environment() -> Rows:
@@ -141,9 +148,9 @@ def self_check() -> tuple[Rows, bool]:
     outcomes = []
     for device in devices():
         try:
-            name = taken(device)
             call = sample_call(device)
-            out, _ = backends.choose(call, None).attend(call)
+            backend = backends.choose(call, None)
+            name, (out, _) = backend.name, backend.attend(call)
         except (NotImplementedError, ValueError) as error:  # nothing can run it, or the environment names no backend
             rows.append((device, f"no: {error}"))
             continue

@@ -13,19 +13,58 @@ from torch import Tensor
 
 from moda_kernels.products import twin
 from moda_kernels.products.twin import Grouping, compute_dtype, released_unit_backward
-from moda_kernels.runtime import checks, gpu
+from moda_kernels.runtime import checks, gpu, self_check
 from moda_kernels.runtime.operators import operator, register_vmap
 
 # Operators (private: without gradients)
 
 
-def _uses_kernels(*tensors: Tensor | None) -> bool:
-    given = [t for t in tensors if t is not None]
-    if not gpu.runs_on(given[0].device):
+def _uses_kernels(kind: str, x: Tensor, y: Tensor | None, unit: Tensor | bool | None) -> bool:
+    """Whether the kernel of a kind ("Gram", "projection") serves these tensors, and is trusted where they are."""
+    if not gpu.runs_on(x.device):
         return False
     from moda_kernels.products import kernels as kernels
 
-    return kernels.why_not(*given) is None
+    if kernels.why_not(*(t for t in (x, y, unit) if isinstance(t, Tensor))) is not None:
+        return False
+    if not self_check.wanted(x.device):
+        return True
+    y = x if y is None else y
+    has_unit = unit is True or isinstance(unit, Tensor)
+    named = kind, *(str(t.dtype).removeprefix("torch.") for t in (x, y)), f"D={x.shape[-1]}", f"E={y.shape[-1]}"
+    numbers = x.dtype, y.dtype, x.shape[-1], y.shape[-1], x.device
+    tried = (*named, "unit") if has_unit else named
+    return self_check.why_not(tried, x.device, lambda: _trial(kind, *numbers, has_unit)) is None
+
+
+def _trial(
+    kind: str, dtype: torch.dtype, other: torch.dtype, dim: int, size: int, device: torch.device, unit: bool
+) -> str | None:
+    """What is wrong with a small product of a kernel, beside its twin's; None if nothing."""
+    from moda_kernels.products import kernels as kernels
+
+    g, tokens, heads = torch.Generator().manual_seed(0), 150, 2
+    group = (torch.arange(tokens) // 41 - 1).to(device)  # -1, 0, 1, 2
+    grouping = twin.group_tokens(group, 3)
+    x = torch.randn(tokens, heads, dim, generator=g).to(device, dtype)
+    arguments = (grouping.order, _used(*grouping))
+    if kind == "Gram":
+        y = torch.randn(tokens, heads, size, generator=g).to(device, other)
+        eps = twin.RELEASED_EPS if unit else None
+        got = kernels.segment_gram(x, y, *arguments, grouping.groups, slots=twin.SLOTS, eps=eps)
+        usual, exact = (twin.segment_gram(*pair, grouping, unit) for pair in ((x, y), (x.double(), y.double())))
+    else:
+        matrices = [torch.randn(3, heads, dim, size, generator=g).to(device, other) for _ in range(1 + unit)]
+        second = matrices[1] if unit else None
+        got = kernels.segment_project(
+            x, matrices[0], second, *arguments, keep=False, dtype=dtype, eps=twin.RELEASED_EPS
+        )
+        wide = [m.double() for m in matrices]
+        usual, exact = (
+            twin.segment_project(of, m[0], grouping, unit_matrix=m[1] if unit else None, keep=False, out_dtype=of.dtype)
+            for of, m in ((x, matrices), (x.double(), wide))
+        )
+    return self_check.difference(f"the {kind}", got, usual, exact)
 
 
 def _tokens(x: Tensor) -> Tensor:
@@ -51,7 +90,7 @@ def _group_tokens_fake(group: Tensor, num_groups: int) -> tuple[Tensor, Tensor, 
 
 
 def _segment_gram(x: Tensor, y: Tensor | None, order: Tensor, pieces: Tensor, groups: Tensor, unit: bool) -> Tensor:
-    if _uses_kernels(x, y):
+    if _uses_kernels("Gram", x, y, unit):
         from moda_kernels.products import kernels as kernels
 
         eps = twin.RELEASED_EPS if unit else None
@@ -78,7 +117,7 @@ def _segment_project(
     keep: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    if dtype != torch.float64 and _uses_kernels(x, matrix, unit_matrix):
+    if dtype != torch.float64 and _uses_kernels("projection", x, matrix, unit_matrix):
         from moda_kernels.products import kernels as kernels
 
         eps = twin.RELEASED_EPS

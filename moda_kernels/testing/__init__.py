@@ -15,6 +15,7 @@ from moda_kernels.testing.cases import (
     random_mask,
     random_steps,
 )
+from moda_kernels.testing.flex import eager_flex
 from moda_kernels.testing.oracle import (
     Comparison,
     check,
@@ -30,7 +31,7 @@ from moda_kernels.testing.oracle import (
 )
 
 __all__ = [
-    "CASES", "PADDING", "Case", "Comparison", "Inputs", "Result", "check", "compare", "eager", "generator",
-    "head_orders", "judge", "oracle", "poisoned_memory", "random_ids", "random_layout", "random_mask", "random_steps",
-    "reordered", "run", "sdpa_errors",
+    "CASES", "PADDING", "Case", "Comparison", "Inputs", "Result", "check", "compare", "eager", "eager_flex",
+    "generator", "head_orders", "judge", "oracle", "poisoned_memory", "random_ids", "random_layout", "random_mask",
+    "random_steps", "reordered", "run", "sdpa_errors",
 ]  # fmt: skip

@@ -4,6 +4,7 @@ Each fault is one line that repeats it. The exit code is 0 only where there is n
 """
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -11,7 +12,7 @@ import time
 import torch
 
 from moda_kernels.backends import BACKENDS
-from moda_kernels.testing import fuzz
+from moda_kernels.testing import eager_flex, fuzz
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,9 +32,10 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)  # many tiny tensors: threads would only wait for each other
     start = time.perf_counter()
     device = "cuda" if given.backend == "triton" and torch.cuda.is_available() else "cpu"
-    faults, refused = fuzz.trials(
-        given.seed, given.calls, given.backend, device, told=lambda line: print(line, flush=True)
-    )
+    with eager_flex() if given.backend == "flex" else contextlib.nullcontext():
+        faults, refused = fuzz.trials(
+            given.seed, given.calls, given.backend, device, told=lambda line: print(line, flush=True)
+        )
     took = time.perf_counter() - start
     print(f"{given.calls} calls on {given.backend!r} in {took:.0f} s: {len(faults)} wrong, {refused} refused")
     return bool(faults)

@@ -40,6 +40,7 @@ T = TypeVar("T")
 DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "reference": (torch.float64,),
     "cpu": (torch.float64, torch.float64, torch.float32, torch.bfloat16, torch.float16),
+    "flex": (torch.float64, torch.float64, torch.float32, torch.bfloat16, torch.float16),
     "triton": (torch.float32, torch.float32, torch.float16),
 }
 

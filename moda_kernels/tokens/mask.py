@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from moda_kernels.runtime import checks
+from moda_kernels.tokens.blocks import block_lists, block_mask, in_columns, readings, sight
 from moda_kernels.tokens.drawing import Drawing
-from moda_kernels.tokens.intervals import Visibility, count_keys, mask_intervals, visible_keys
+from moda_kernels.tokens.intervals import Visibility, count_keys, visible_keys
 from moda_kernels.tokens.layout import ModalityLayout, QueryRows
 from moda_kernels.tokens.show import draw, picture, rule_html, rule_table
 
@@ -172,33 +173,32 @@ class ModularMask:
         return count_keys(layout, queries, self)
 
     def to_block_mask(
-        self, layout: ModalityLayout, query_length: int | None = None, query_start: int | Tensor | None = None
+        self,
+        layout: ModalityLayout,
+        query_length: int | None = None,
+        query_start: int | Tensor | None = None,
+        *,
+        block_size: int | tuple[int, int] = 128,
     ) -> Any:
-        """This mask as a FlexAttention ``BlockMask`` (one for all heads; packed: a batch of one).
+        """This mask as a FlexAttention ``BlockMask`` (one for all heads; packed: a batch of one), made from intervals:
+        in time linear in tokens and tiles, without an L×L tensor and without a compiler.
+
+        Its ``mask_mod`` reads tensors alone, so that compiled FlexAttention takes another layout of the same sizes as
+        it is. On the CPU, where what a row sees is one run of columns, it says so (``low < k <= high``), which the
+        FLASH engine of FlexAttention packs.
 
         Args:
             query_length, query_start: as in :meth:`visible`.
+            block_size: of a tile, or (queries, keys). FLASH wants (256, 128) on Blackwell.
         """
-        from torch.nn.attention.flex_attention import create_block_mask
-
+        sizes = block_size if isinstance(block_size, tuple) else (block_size, block_size)
+        of_q, of_k = (checks.integer("block_size", size, 1) for size in sizes)
         queries = layout.queries(query_length, query_start)
-        limits, positions = mask_intervals(layout, queries, self)
-        lows, highs = limits.unflatten(-1, queries.shape).unbind(2)
-        positions = positions.unflatten(-1, layout.modality.shape)
-        of_query, of_key = queries.of(layout.sequence), layout.sequence
-        if layout.packed:
-            lows, highs, positions = lows[:, :, None], highs[:, :, None], positions[:, None]
-            of_query, of_key = of_query[None], of_key[None]
-
-        def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            seen = torch.zeros_like(b, dtype=torch.bool)
-            for low, high, position in zip(lows, highs, positions, strict=True):
-                for i in range(low.shape[0]):
-                    seen = seen | ((low[i, b, q] < position[b, k]) & (position[b, k] <= high[i, b, q]))
-            return seen & (of_query[b, q] == of_key[b, k])
-
-        batch, length = of_query.shape
-        return create_block_mask(mask_mod, batch, None, length, of_key.shape[1], device=str(layout.device))
+        seen = sight(layout, queries, self)
+        lists = block_lists(seen, of_q, of_k)
+        columns = in_columns(seen) if checks.looks_at_values(layout.device) else None
+        lengths = seen.low.shape[2], seen.place.shape[2]
+        return block_mask(readings(seen if columns is None else columns), lists, lengths, (of_q, of_k))
 
 
 def _default(num_roles: int, causal: bool) -> ModularMask:

@@ -17,7 +17,6 @@ from moda_kernels.backends.cpu.rectangles import neighbours, rectangle_attention
 from moda_kernels.call import AttentionCall
 from moda_kernels.products.twin import compute_dtype
 from moda_kernels.tokens.intervals import mask_intervals, passes_of
-from moda_kernels.tokens.pseudo import pseudo_counts
 
 _OPERATORS = (
     "_scaled_dot_product_flash_attention_for_cpu",
@@ -89,33 +88,13 @@ class CpuBackend:
 
         def part(jobs: list[Job], same: bool | None) -> tuple[Tensor, Tensor]:
             """One softmax over keys of the query's modality (`same`), of the others, or of all (None)."""
-            extra = None if call.pseudo is None else _log_pseudo(call, same)
+            extra = None if call.pseudo is None else call.log_pseudo(same)
             out, lse = rectangle_attention(q, k, v, extra, attn_mask, jobs, scale)
             # A slice of everything would cost a copy in the backward.
             return out if value_dim == dim else out[..., :value_dim], lse
 
         jobs = self.jobs(call)
-        if not call.split:
-            out, lse = part(jobs[0], None)
-        else:
-            own, cross = part(jobs[0], True), part(jobs[1], False)
-            weights = [w[:, None, None] if isinstance(w, Tensor) else w for w in call.branch_weights]
-            wide = own[1].dtype
-            out = (weights[0] * own[0].to(wide) + weights[1] * cross[0].to(wide)).to(call.query.dtype)
-            lse = torch.stack((own[1], cross[1]), -1)
-        return (out[0].transpose(0, 1), lse[0]) if layout.packed else (out, lse)
-
-
-def _log_pseudo(call: AttentionCall, same: bool | None) -> Tensor:
-    """log P_i, ``[B, Hq, Lq]`` (packed: a batch of one), of one softmax; -inf for padding."""
-    assert call.pseudo is not None
-    modality = call.queries.of(call.layout.modality)
-    counts = pseudo_counts(call.layout, call.queries, call.mask, call.split)
-    tokens, seen = (of[1 if same is False else 0] for of in counts)
-    if call.layout.packed:
-        tokens, seen, modality = tokens[None], seen[None], modality[None]
-    extra = call.pseudo.log_mass(tokens, seen, compute_dtype(call.query))
-    return torch.where(modality[:, None] >= 0, extra, -math.inf).expand(-1, call.query_heads, -1)
+        return call.merged([part(jobs[0], True), part(jobs[1], False)] if call.split else [part(jobs[0], None)])
 
 
 def _additive(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
