@@ -29,8 +29,10 @@ OURS = {"cpu": "moda-cpu", "cuda": "moda-triton"}
 PEERS = {
     "sdpa-bool": "SDPA, bool mask",
     "sdpa-additive": "SDPA, float mask",
-    "flex": "FlexAttention",
+    "flex": "FlexAttention, its own mask",
+    "flex-ours": "FlexAttention, our mask",
     "flex-build": "FlexAttention + its mask build",
+    "flex-ours-build": "FlexAttention + our mask build",
     "eager-moda": "eager MODA",
     "eager-moda-compiled": "eager MODA, compiled",
     "sdpa-causal": "SDPA, causal",  # the name of schema 1
@@ -42,7 +44,12 @@ PEERS = {
     "flash-attention-4": "FlashAttention-4",
 }
 #: Where peers do what others of ours do: align keys, or make the layout in the call.
-AGAINST = {"eager-moda": "-aligned", "eager-moda-compiled": "-aligned", "flex-build": "-build"}
+AGAINST = {
+    "eager-moda": "-aligned",
+    "eager-moda-compiled": "-aligned",
+    "flex-build": "-build",
+    "flex-ours-build": "-build",
+}
 PASSES = {"forward": "fwd", "backward": "bwd", "forward+backward": "fwd+bwd", "decode": "decode"}
 #: On the CPU the backward alone stays in the result file: the table is long enough.
 LEFT_OUT = {"cpu": ("backward",), "cuda": ()}

@@ -228,7 +228,7 @@ def test_flex_is_right_before_it_is_compiled(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(flex, "_compiled", lambda mode: (flex_attention, create_block_mask))
     for layout, mode in (("video", "forward"), ("packed", "forward"), ("llava-next", "decode")):
-        for name in ("flex", "flex-build"):
+        for name in ("flex", "flex-build", "flex-ours", "flex-ours-build"):
             found = verdict(PEERS[name], Case(layout, 200, torch.float32, mode, head_dim=16))
             assert found.good, found.reason
 
@@ -523,8 +523,15 @@ def test_a_wrong_piece_is_not_timed(monkeypatch: pytest.MonkeyPatch, environment
         assert made.keys is not None
         return made._replace(keys=made.keys._replace(runs=made.keys.runs + 1))
 
+    def without_a_tile(true: Any, *arguments: Any) -> Any:
+        made = true(*arguments)
+        made.kv_num_blocks[0, 0, -1] -= 1
+        return made
+
     monkeypatch.setattr(pieces, "mask_tiles", wrong_tiles)
     monkeypatch.setattr(pieces, "align_keys", lambda *arguments: true_align(*arguments) * 1.01)
+    for maker in ("_block_mask", "_their_block_mask"):
+        monkeypatch.setattr(pieces, maker, functools.partial(without_a_tile, getattr(pieces, maker)))
     found = {r["pass"]: r for r in pieces.run_case(CASE, OPTIONS, environment)}
     assert found["tiles"]["reason"] == "other runs of keys than PyTorch's"
     for name in pieces.PIECES[1:]:

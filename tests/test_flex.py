@@ -52,8 +52,7 @@ def test_layouts_and_lengths_do_not_compile_again() -> None:
 
 
 @compiled
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["packed_split", "everything"])
+@pytest.mark.parametrize(("name", "dtype"), [("packed_split", torch.float32), ("everything", torch.bfloat16)], ids=str)
 def test_compiled_forward(name: str, dtype: torch.dtype) -> None:
     inputs = BY_NAME[name].build(dtype, length=150)
     exact = testing.run(BY_NAME[name], dtype, "reference", compute=torch.float64, length=150)

@@ -14,7 +14,8 @@ import moda_kernels
 from moda_kernels import backends
 from moda_kernels.backends.flex import options
 from moda_kernels.call import AttentionCall
-from moda_kernels.runtime import backend_name, native, self_check
+from moda_kernels.runtime import backend_name, native
+from moda_kernels.runtime import self_check as trials
 from moda_kernels.tokens.mask import ModularMask
 from moda_kernels.tokens.segments import segment_modalities
 
@@ -28,7 +29,7 @@ PACKAGES = {
 VARIABLES = {
     backend_name.ENVIRONMENT: "names a backend for the whole process",
     options.ENVIRONMENT: "options of FlexAttention, as JSON",
-    self_check.ENVIRONMENT: "1 tries Triton kernels before they are trusted, 0 doesn't",
+    trials.ENVIRONMENT: "1 tries Triton kernels before they are trusted, 0 doesn't",
     "MODA_KERNELS_AUTOTUNE": "1 searches for the Triton kernels' fastest configurations",
     "MODA_KERNELS_NATIVE": "0 switches the native extension off",
 }
@@ -106,8 +107,8 @@ def backends_here() -> Rows:
     rows = [(name, _yes_or("; ".join(backend.why_absent()))) for name, backend in backends.BACKENDS.items()]
     rows += [("auto", f"takes {taken(device, 'auto')} on {device}") for device in devices()]
     for device in devices():
-        tried = "tries each kind of Triton kernel once" if self_check.wanted(torch.device(device)) else "tries nothing"
-        rows.append(("self-check", f"{tried} on {device} ({self_check.architecture(torch.device(device))})"))
+        tried = "tries each kind of Triton kernel once" if trials.wanted(torch.device(device)) else "tries nothing"
+        rows.append(("self-check", f"{tried} on {device} ({trials.architecture(torch.device(device))})"))
     return rows
 
 

@@ -219,7 +219,7 @@ def _run_compiled(query: Tensor, key: Tensor, value: Tensor, terms: Terms, form:
     # named after the places of arguments, so other places are tried.
     for attempt in range(_first_attempt.get(kind, 0), ATTEMPTS):
         try:
-            result = _compiled(kind, attempt)([None] * attempt + given)
+            result = _compiled(kind, attempt)([*(None for _ in range(attempt)), *given])
         except Exception as error:
             if query.device.type != "cpu" or attempt == ATTEMPTS - 1 or "SplitSize" not in str(error):
                 raise

@@ -1,4 +1,5 @@
-"""The parts around attention, each alone: segmentation, tiles, both together, and the alignment of keys.
+"""The parts around attention, each alone: segmentation, tiles, both together, FlexAttention's block mask from our
+intervals and from its own builder (both with a layout each), and the alignment of keys.
 
 On CUDA they are replayed from a captured graph, as in a captured training step: device time without launches. Each is
 checked before it is timed: layouts and lists against the PyTorch twins on the CPU, aligned keys against float64.
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moda_kernels import align_keys
@@ -21,13 +23,21 @@ from moda_kernels.commands.bench.oracle import align
 from moda_kernels.commands.bench.peers.moda import concat_map
 from moda_kernels.commands.bench.results import Record
 from moda_kernels.testing import Comparison, Result, compare
+from moda_kernels.tokens import blocks
 from moda_kernels.tokens.intervals import Intervals, mask_intervals
+from moda_kernels.tokens.layout import ModalityLayout
+from moda_kernels.tokens.mask import ModularMask
 from moda_kernels.tokens.segments import segment_table_torch, segment_tokens_torch
 from moda_kernels.tokens.tiles import MaskTiles, mask_tiles
 from moda_kernels.tokens.walks import CHAINS, KeyWalk, QueryWalk, key_walk_torch, query_walk_torch, tile_sizes
 
 #: The alignment's pass is named by its scope. "Tile lists" is all of `MaskTiles`: so result files name it.
-PIECES = ("segmentation", "tiles", "segmentation + tiles", "alignment (sequence)", "alignment (causal)")
+PIECES = (
+    "segmentation", "tiles", "segmentation + tiles", "block mask, ours", "block mask, create_block_mask",
+    "alignment (sequence)", "alignment (causal)",
+)  # fmt: skip
+#: Longest sequence for which `create_block_mask` is asked: uncompiled it holds L×L tensors.
+LONGEST_DENSE = 8192
 
 
 @dataclass(frozen=True)
@@ -114,6 +124,12 @@ def pieces(case: Case) -> dict[str, Piece]:
     made["segmentation + tiles"] = Piece(
         both, lambda found: _segments_fault(case, found[0]) or _tiles_fault(case, found[1])
     )
+    for name, make in (("ours", _block_mask), ("create_block_mask", _their_block_mask)):
+        if make is _block_mask or case.length <= LONGEST_DENSE:
+            made[f"block mask, {name}"] = Piece(
+                lambda make=make: make(workload.segment(), workload.mask),  # type: ignore[misc]
+                lambda found: _block_mask_fault(case, found),
+            )
     tensors = case.tensors()
     key, weight = tensors["key"], tensors["weight"]
     own = key[0].transpose(0, 1).contiguous() if workload.packed else key
@@ -123,6 +139,19 @@ def pieces(case: Case) -> dict[str, Piece]:
             lambda found, scope=scope: _keys_fault(case, key, weight, found, scope),  # type: ignore[misc]
         )
     return made
+
+
+def _block_mask(layout: ModalityLayout, mask: ModularMask) -> Any:
+    return mask.to_block_mask(layout)
+
+
+def _their_block_mask(layout: ModalityLayout, mask: ModularMask) -> Any:
+    """FlexAttention's own builder, on the same `mask_mod`."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    mask_mod = blocks.mask_mod(blocks.readings(blocks.sight(layout, layout.queries(), mask)))
+    batch, length = layout.modality.view(-1, layout.modality.shape[-1]).shape
+    return create_block_mask(mask_mod, batch, None, length, length, device=str(layout.device))
 
 
 def captured(work: Callable[[], Any], device: str) -> tuple[Callable[[], Any], bool, str | None]:
@@ -188,6 +217,27 @@ def _tiles_fault(case: Case, found: MaskTiles) -> str | None:
     made = (*found[:2], *found.queries, *found.keys)
     wrong = [n for n, a, b in zip(names, made, right, strict=True) if not torch.equal(a.cpu(), b)]
     return f"other {', '.join(wrong)} than PyTorch's" if wrong else None
+
+
+def _block_mask_fault(case: Case, found: Any) -> str | None:
+    """Against the mask written out, one tile of queries at a time."""
+    layout, mask = case.workload.layout.to("cpu"), case.workload.mask
+    queries, (size_q, size_k) = layout.queries(), found.BLOCK_SIZE
+    lists = [x.cpu() for x in (found.kv_num_blocks, found.kv_indices, found.full_kv_num_blocks, found.full_kv_indices)]
+    batch, of_q = lists[0].shape[0], lists[0].shape[2]
+    for i in range(of_q):
+        cut = slice(i * size_q, (i + 1) * size_q)
+        columns = queries.columns[..., cut]
+        rows = dataclasses.replace(queries, shape=tuple(columns.shape), columns=columns)
+        seen = mask.visible_to(layout, rows).view(batch, columns.shape[-1], -1)
+        keys = seen.shape[2]
+        seen = F.pad(seen, (0, -keys % size_k, 0, size_q - seen.shape[1])).unflatten(2, (-1, size_k))
+        met, full = seen.any(3).any(1), seen.all(3).all(1)
+        for right, count, listed in ((met & ~full, *lists[:2]), (full, *lists[2:])):
+            for b in range(batch):
+                if right[b].nonzero().flatten().tolist() != listed[b, 0, i, : int(count[b, 0, i])].tolist():
+                    return f"other tiles than the mask has, in row {i} of them"
+    return None
 
 
 def _keys_fault(case: Case, key: Tensor, weight: Tensor, found: Tensor, scope: str) -> str | None:

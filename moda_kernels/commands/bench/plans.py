@@ -16,7 +16,7 @@ from moda_kernels.commands.bench.runner import Match
 CPU_SHAPE: dict[str, Any] = {"query_heads": 8, "key_heads": 2, "head_dim": 64}
 CUDA_SHAPE: dict[str, Any] = {"query_heads": 32, "key_heads": 8, "head_dim": 128}
 #: Compiling takes longer than all else: these take part where a plan names them.
-SLOW_STARTERS = ("flex", "flex-build", "flex-autotune", "eager-moda-compiled")
+SLOW_STARTERS = ("flex", "flex-build", "flex-ours", "flex-ours-build", "flex-autotune", "eager-moda-compiled")
 
 
 def peers(*names: str, device: str, without: Sequence[str] = ()) -> tuple[Peer, ...]:
@@ -46,7 +46,7 @@ def cpu() -> list[Match]:
     some = ("llava-next", "qwen2-vl-8", "packed", "causal")
     others = ("llava-1.5", "qwen2-vl", "qwen2-vl-8", "interleaved", "video", "packed", "causal", "full")
     main = peers("moda-cpu", "sdpa-bool", "sdpa", device="cpu")
-    with_flex = peers("moda-cpu", "sdpa-bool", "flex", "sdpa", device="cpu")
+    with_flex = peers("moda-cpu", "sdpa-bool", "flex", "flex-ours", "sdpa", device="cpu")
     aligned = peers("moda-cpu-aligned", "eager-moda", device="cpu")
 
     def case(layout: str, length: int, mode: str, dtype: torch.dtype = torch.float32) -> Case:
@@ -73,10 +73,11 @@ def gpu(dtype: torch.dtype = torch.bfloat16) -> list[Match]:
     main = ("causal", "llava-next", "qwen2-vl-8", "packed")
     both = ("forward", "training")
     plain = peers(device="cuda", without=(*SLOW_STARTERS, "moda-reference", "sdpa-math", "eager-moda", "sdpa-additive"))
+    flexes = [PEERS[name] for name in ("flex", "flex-ours", "flex-build", "flex-ours-build")]
     at_8k = {
-        "causal": (*plain, PEERS["flex"]),
-        "llava-next": (*plain, PEERS["eager-moda"], PEERS["flex"], PEERS["flex-build"]),
-        "qwen2-vl-8": (*plain, PEERS["flex"], PEERS["flex-build"]),
+        "causal": (*plain, PEERS["flex"], PEERS["flex-ours"]),
+        "llava-next": (*plain, PEERS["eager-moda"], *flexes),
+        "qwen2-vl-8": (*plain, *flexes),
         "packed": plain,
     }
 
@@ -92,7 +93,7 @@ def gpu(dtype: torch.dtype = torch.bfloat16) -> list[Match]:
         *(
             Match(
                 case("qwen2-vl-8", 16384, mode),
-                peers("moda-triton", "moda-triton-build", "flex", "flex-build", device="cuda"),
+                peers("moda-triton", "moda-triton-build", *(peer.name for peer in flexes), device="cuda"),
             )
             for mode in both
         ),

@@ -29,6 +29,8 @@ PEERS: dict[str, Peer] = {
         SdpaDense("sdpa-additive", additive=True),
         Flex("flex"),
         Flex("flex-build", build=True),
+        Flex("flex-ours", ours=True),
+        Flex("flex-ours-build", build=True, ours=True),
         Flex("flex-autotune", mode="max-autotune-no-cudagraphs"),
         Sdpa("sdpa"),
         Sdpa("sdpa-flash", kernel="flash"),

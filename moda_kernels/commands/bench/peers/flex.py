@@ -1,5 +1,6 @@
 """Compiled FlexAttention. The kernel is the call; its block mask, built by compiled code too, is the setup, or in the
-contestant named "-build" a part of every call (a new layout each step, one layer)."""
+contestant named "-build" a part of every call (a new layout each step, one layer). "flex-ours": under our block mask,
+which is made from intervals."""
 
 import functools
 from collections.abc import Callable
@@ -18,12 +19,13 @@ class Flex(Peer):
     Args:
         build: make the block mask in every call.
         mode: of torch.compile.
+        ours: under `ModularMask.to_block_mask`.
     """
 
     compiles = True
 
-    def __init__(self, name: str, build: bool = False, mode: str | None = None) -> None:
-        self.name, self.build, self.mode = name, build, mode
+    def __init__(self, name: str, build: bool = False, mode: str | None = None, ours: bool = False) -> None:
+        self.name, self.build, self.mode, self.ours = name, build, mode, ours
         self.prepares = "" if build else "block mask"
 
     def why_not(self, case: Case) -> str | None:
@@ -45,6 +47,8 @@ class Flex(Peer):
 
     def _block_mask(self, case: Case) -> Any:
         layout = case.workload.segment()
+        if self.ours:
+            return case.workload.mask.to_block_mask(layout, case.queries)
         queries = layout.queries(case.queries)
         limits, positions = mask_intervals(layout, queries, case.workload.mask)
         of_query, of_key = queries.of(layout.sequence).flatten(), layout.sequence.flatten()
