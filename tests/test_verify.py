@@ -185,7 +185,10 @@ def test_all_is_right_on_the_gpu(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_flex_is_named_and_says_why_not(capsys: pytest.CaptureFixture[str]) -> None:
     """On the CPU the engine has no backward, and all that is verified has one."""
-    assert command_line.main(["verify", "--backends", "flex,cpu", "--device", "cpu", "--quick", "--features", "split"]) == 0
+    assert (
+        command_line.main(["verify", "--backends", "flex,cpu", "--device", "cpu", "--quick", "--features", "split"])
+        == 0
+    )
     printed = capsys.readouterr().out
     assert "flex cpu float32" in printed
     assert "Refused (split): flex: FlexAttention has no backward on the CPU" in printed or "Not here: flex" in printed

@@ -61,6 +61,15 @@ class FlexBackend:
                 )
             if flash:
                 reasons.append("BACKEND='FLASH' of FlexAttention runs on CUDA")
+            if torch.compiler.is_compiling():
+                said = {
+                    "lse": call.return_lse,
+                    "pseudo": call.pseudo is not None,
+                    "attn_mask": call.attn_mask is not None,
+                }
+                asked = [name for name, there in said.items() if there]
+                if asked:
+                    reasons.append(f"inside torch.compile FlexAttention has no {', '.join(asked)} on the CPU")
             return reasons
         for name, tensor in (("query and key", call.query), ("value", call.value)):
             if tensor.shape[-1] > MOST_HEAD_DIM:

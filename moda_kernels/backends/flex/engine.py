@@ -24,8 +24,8 @@ from torch import Tensor
 
 from moda_kernels.tokens.blocks import BlockLists, Readings, block_mask
 
-#: How often names are tried (see `_run_compiled`).
-ATTEMPTS = 8
+#: Rooms of tables on the CPU (see `_roomy`): the smallest of a batch and of tokens, and by how much the next is larger.
+ROOM_BATCH, ROOM_TOKENS, ROOM_STEP = 4, 65536, 4
 #: Rows of queries at once where lse is made apart.
 LSE_ROWS = 256
 
@@ -112,14 +112,16 @@ def run(query: Tensor, key: Tensor, value: Tensor, terms: Terms, form: Form) -> 
     Args:
         query, key, value: finite in padding, too: the engine multiplies what it hides by 0, and NaN by 0 is NaN.
     """
-    if torch.compiler.is_compiling():
-        return _called(query, key, value, terms, form)
-    if _uncompiled:
+    compiling = torch.compiler.is_compiling()
+    if _uncompiled and not compiling:
         return _direct(query, key, value, terms, form)
-    if query.device.type != "cpu" or not form.lse:
-        return _run_compiled(query, key, value, terms, form)
+    compiled = _called if compiling else _run_compiled
+    if query.device.type != "cpu":
+        return compiled(query, key, value, terms, form)
     # The engine has no lse on the CPU: it is made apart, some rows at a time.
-    out, _ = _run_compiled(query, key, value, terms, dataclasses.replace(form, lse=False))
+    out, _ = compiled(query, key, value, _roomy(terms), dataclasses.replace(form, lse=False))
+    if not form.lse:
+        return out, None
     cuts = [slice(i, i + LSE_ROWS) for i in range(0, query.shape[2], LSE_ROWS)]
     return out, torch.cat(
         [_direct(query[:, :, cut], key, value[..., :1], terms.rows(cut, form), form)[1] for cut in cuts], -1
@@ -207,39 +209,29 @@ def why_not_uncompiled() -> str | None:
 def _run_compiled(query: Tensor, key: Tensor, value: Tensor, terms: Terms, form: Form) -> tuple[Tensor, Tensor | None]:
     if ("BACKEND", "FLASH") not in form.options:  # it wants them as they are
         terms = terms._replace(lists=BlockLists(*map(_two_at_least, terms.lists)))
-    leaves, structure = pytree.tree_flatten(terms)
-    given = [x if x is None else _own(x) for x in (query, key, value, *leaves)]
-    for i, x in enumerate(given):
-        if x is not None:
-            _sized(x, (0, 2) if i < 3 else range(x.dim()), (1, 3) if i < 3 else ())
+    query, key, value, terms = pytree.tree_map(lambda x: x if x is None else _own(x), (query, key, value, terms))
+    for x in (query, key, value):
+        _sized(x, (0, 2), (1, 3))
+    for x in terms.lists:
+        _sized(x, range(x.dim()), ())
+    tables = [x for x in pytree.tree_leaves((terms.read, terms.bias, terms.attn_mask)) if x is not None]
+    on_cpu = query.device.type == "cpu"  # where tables have sizes that do not vary
+    for x in tables:
+        _sized(x, () if on_cpu else range(x.dim()), tuple(range(x.dim())) if on_cpu else ())
+    given, structure = pytree.tree_flatten((query, key, value, terms))
     kinds = tuple(None if x is None else (x.dtype, x.requires_grad, *(n == 1 for n in x.shape)) for x in given)
     heads = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
-    kind = (form, query.device, kinds, heads, torch.is_grad_enabled(), structure)
-    # FlexAttention's C++ template puts its own names in place of a symbol's, and finds "ks1" in "ks13" too. Symbols are
-    # named after the places of arguments, so other places are tried.
-    for attempt in range(_first_attempt.get(kind, 0), ATTEMPTS):
-        try:
-            result = _compiled(kind, attempt)([*(None for _ in range(attempt)), *given])
-        except Exception as error:
-            if query.device.type != "cpu" or attempt == ATTEMPTS - 1 or "SplitSize" not in str(error):
-                raise
-        else:
-            _first_attempt[kind] = attempt
-            return result
-    raise AssertionError("the last attempt raises")
-
-
-_first_attempt: dict[Any, int] = {}
+    shapes = tuple(x.shape for x in tables) if on_cpu else ()
+    return _compiled((form, query.device, kinds, heads, shapes, torch.is_grad_enabled(), structure))(given)
 
 
 @functools.cache
-def _compiled(kind: tuple[Any, ...], skip: int) -> Callable[[list[Tensor | None]], tuple[Tensor, Tensor | None]]:
+def _compiled(kind: tuple[Any, ...]) -> Callable[[list[Tensor | None]], tuple[Tensor, Tensor | None]]:
     form: Form = kind[0]
     structure: pytree.TreeSpec = kind[-1]
 
     def body(tensors: list[Any]) -> tuple[Tensor, Tensor | None]:
-        query, key, value, *leaves = tensors[skip:]
-        terms: Terms = pytree.tree_unflatten(leaves, structure)
+        query, key, value, terms = pytree.tree_unflatten(tensors, structure)
         _same_sizes(query, key, value, terms)
         return _called(query, key, value, terms, form)
 
@@ -249,12 +241,42 @@ def _compiled(kind: tuple[Any, ...], skip: int) -> Callable[[list[Tensor | None]
     return compiled
 
 
+def _roomy(terms: Terms) -> Terms:
+    """Terms with what the engine looks up by row and key in larger tables, of few sizes, which compilers know.
+
+    FlexAttention's C++ template gives names of its own to sizes, and they may be those that a table's sizes have (seen:
+    a table of biases, read with another's strides, without a word; "ks1", found in "ks13", that doesn't compile).
+    """
+
+    def roomy(x: Tensor) -> Tensor:
+        more = []
+        for size, least in ((x.shape[-1], ROOM_TOKENS), (x.shape[-2], ROOM_BATCH)):
+            room = least
+            while room < size:
+                room *= ROOM_STEP
+            more += [0, room - size]
+        return F.pad(x, more)
+
+    read, bias = terms.read, terms.bias
+    low, high, place = (tuple(map(roomy, of)) for of in read[:3])
+    read = Readings(low, high, place, None if read.of_pass is None else roomy(read.of_pass))
+    if bias is not None:
+        sequences, room = bias.table.shape[0], ROOM_BATCH
+        while room < sequences:
+            room *= ROOM_STEP
+        table = F.pad(bias.table, (0, 0) * 3 + (0, room - sequences))
+        bias = Bias(table, *(roomy(x) for x in bias[1:]))
+    return terms._replace(read=read, bias=bias)
+
+
 def _same_sizes(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> None:
     """Tell the compiler which sizes are one: fewer names, fewer guards."""
     batch, of_q, of_k = query.shape[0], query.shape[2], key.shape[2]
     for x in (key, value):
         torch._check(x.shape[0] == batch)
         torch._check(x.shape[2] == of_k)
+    if query.device.type == "cpu":
+        return
     rows, keys = (*terms.read.low, *terms.read.high), terms.read.place
     if terms.read.of_pass is not None:
         keys = (*keys, terms.read.of_pass)
