@@ -31,7 +31,7 @@ FEATURES = {
     "grouped-query heads": ("joint_gqa",),
     "value size, scale": ("joint_scale", "joint_value"),
     "split": ("split",),
-    "pseudo scores": ("pseudo",),
+    "pseudo scores": ("pseudo", "sink"),
     "pair bias": ("bias",),
     "attn_mask": ("attn_mask",),
     **{
