@@ -3,7 +3,7 @@
 import families
 import pytest
 
-#: Every use in the gate; of the others one each, and all behind the marker.
+#: Every use in the gate; of the others one each, and all with `-m exhaustive`.
 FIRST = (
     "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "gemma3", "gemma4",
     "paligemma", "molmo2", "idefics3", "smolvlm", "internvl", "mistral3", "llama4",
@@ -23,7 +23,7 @@ def test_other_families(kind: str, use: str) -> None:
     families.check(kind, use)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("use", _USES)
 @pytest.mark.parametrize("kind", _REST)
 def test_other_families_whole(kind: str, use: str) -> None:

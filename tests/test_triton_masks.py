@@ -229,7 +229,7 @@ seen = {}
 class Recorded:
     def __init__(self, kernel):
         self.binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-        self.name = kernel.__name__
+        self.name, self.arg_names = kernel.__name__, kernel.arg_names
 
     def __getitem__(self, grid):
         def launched(*arguments, **named):
