@@ -22,6 +22,7 @@ import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from moda_kernels.runtime.operators import operator
 from moda_kernels.tokens.blocks import BlockLists, Readings, block_mask
 
 #: Rooms of tables on the CPU (see `_roomy`): the smallest of a batch and of tokens, and by how much the next is larger.
@@ -115,17 +116,35 @@ def run(query: Tensor, key: Tensor, value: Tensor, terms: Terms, form: Form) -> 
     compiling = torch.compiler.is_compiling()
     if _uncompiled and not compiling:
         return _direct(query, key, value, terms, form)
-    compiled = _called if compiling else _run_compiled
     if query.device.type != "cpu":
-        return compiled(query, key, value, terms, form)
+        return (_called if compiling else _run_compiled)(query, key, value, terms, form)
     # The engine has no lse on the CPU: it is made apart, some rows at a time.
-    out, _ = compiled(query, key, value, _roomy(terms), dataclasses.replace(form, lse=False))
+    out, _ = (_called_alone if compiling else _run_compiled)(
+        query, key, value, _roomy(terms), dataclasses.replace(form, lse=False)
+    )
     if not form.lse:
         return out, None
     cuts = [slice(i, i + LSE_ROWS) for i in range(0, query.shape[2], LSE_ROWS)]
     return out, torch.cat(
         [_direct(query[:, :, cut], key, value[..., :1], terms.rows(cut, form), form)[1] for cut in cuts], -1
     )
+
+
+def _called_alone(query: Tensor, key: Tensor, value: Tensor, terms: Terms, form: Form) -> tuple[Tensor, None]:
+    """In a caller's graph on the CPU, where the engine's C++ template can't have what makes its tables, nor what
+    becomes of its output, as parts of its kernel: both go through an operator that a compiler doesn't look into."""
+    leaves, structure = pytree.tree_flatten(terms)
+    settled = iter(_op_settle([x for x in leaves if x is not None]))
+    leaves = [x if x is None else next(settled) for x in leaves]
+    out, _ = _called(query, key, value, pytree.tree_unflatten(leaves, structure), form)
+    return _op_settle([out])[0], None
+
+
+_op_settle = operator(
+    "_settle(Tensor[] tables) -> Tensor[]",
+    lambda tables: [x.clone(memory_format=torch.contiguous_format) for x in tables],
+    lambda tables: [x.new_empty(x.shape) for x in tables],
+)
 
 
 def _called(query: Tensor, key: Tensor, value: Tensor, terms: Terms, form: Form) -> tuple[Tensor, Tensor | None]:
