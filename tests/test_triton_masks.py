@@ -183,6 +183,43 @@ def test_a_hundred_thousand_tokens() -> None:
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("sequences", [1, 4])
+def test_a_million_tokens(sequences: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2^20 in a sequence, 2^22 in packed documents: rows of the last window, forward, backward and decoding."""
+    length, rows, window = 2**20, 33, 40
+    monkeypatch.setitem(plan.configs.INTERPRETED, "keys", plan.configs.AttentionConfig(1, 1, 32, 2**14, 32))
+    ids = torch.arange(length, device=DEVICE, dtype=torch.int32).div(1000, rounding_mode="floor") % 2
+    mask = mk.ModularMask([[P, P], [P, P | S]], window=window, window_on="all")
+    bounds = torch.arange(sequences + 1, device=DEVICE, dtype=torch.int32)
+    layout = mk.segment_modalities(
+        ids.repeat(sequences), num_modalities=2, max_segments=1100 * sequences, cu_seqlens=bounds * length
+    )
+    k, v = (torch.zeros(sequences * length, 1, 16, device=DEVICE) for _ in range(2))
+    near = rows + window  # all that is seen
+    columns = (bounds[1:, None].long() * length - near + torch.arange(near, device=DEVICE)).flatten()
+    for x in (k, v):
+        x[columns] = torch.randn(len(columns), 1, 16, device=DEVICE)
+    seen = mask.visible(mk.segment_modalities(ids[None, -near:], num_modalities=2), rows)[0]
+    for count in (rows, 5):
+        q = torch.randn(sequences * count, 1, 16, device=DEVICE)
+        leaves = [x.requires_grad_(count > 16) for x in (q, k, v)]
+        out = mk.moda_attention(*leaves, layout=layout, mask=mask, cu_seqlens_q=bounds * count, backend="triton")
+        of = [x.detach().double().view(sequences, -1, 16) for x in (q, k[columns], v[columns])]
+        exact_leaves = [x.requires_grad_() for x in of]
+        exact = torch.nn.functional.scaled_dot_product_attention(*exact_leaves, attn_mask=seen[-count:])
+        torch.testing.assert_close(out.double().view_as(exact), exact, rtol=1e-4, atol=1e-5)
+        if count > 16:
+            dq, dk, dv = torch.autograd.grad(out.sum(), leaves)
+            right = torch.autograd.grad(exact.sum(), exact_leaves)
+            for got, expected in zip((dq, dk[columns], dv[columns]), right, strict=True):
+                torch.testing.assert_close(got.double().view_as(expected), expected, rtol=1e-4, atol=1e-5)
+            for grad in (dk, dv):
+                grad[columns] = 0
+                assert not grad.any()
+        k, v = k.detach(), v.detach()
+
+
 @pytest.mark.skipif(not gpu.interpreted(), reason="memory that nothing touches costs nothing on the CPU only")
 @pytest.mark.parametrize("rows", [5, 40])
 def test_offsets_beyond_32_bits(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,6 +69,7 @@ def attention_row_sums(
 
     Grid: (query tiles, query heads).
     """
+    STEP: tl.constexpr = BLOCK_E if BLOCK_E < 64 else 64  # columns at a time: rows of 256 would leave the registers
     i_tile, i_head = tl.program_id(0), tl.program_id(1)
     i_sequence = tl.load(p_tiles + i_tile * 3)
     row = tl.load(p_tiles + i_tile * 3 + 1)
@@ -80,11 +81,13 @@ def attention_row_sums(
     b_real = tl.load(p_row_modality + row + o_row, mask=inside, other=-1) >= 0
     p_dout = tensors.dout + (i_batch * s_dob + i_wide * s_doh + o_q.to(tl.int64) * s_dot) * UNIT
     p_out = tensors.out + (i_batch * s_ob + i_wide * s_oh + o_q.to(tl.int64) * s_ot) * UNIT
-    b_do = load_rows(p_dout, o_row, s_dot * UNIT, b_real, E, BLOCK_E, True).to(tl.float32)  # [BLOCK_Q, BLOCK_E]
     for i_branch in tl.static_range(2 if SPLIT else 1):
         p_part = p_out + i_branch * s_or.to(tl.int64) * UNIT
-        b_o = load_rows(p_part, o_row, s_ot * UNIT, b_real, E, BLOCK_E, True).to(tl.float32)
-        b_dot = tl.sum(b_do * b_o, 1)
+        b_dot = tl.zeros([BLOCK_Q], tl.float32)
+        for begin in tl.static_range(0, BLOCK_E, STEP):
+            b_do = load_rows(p_dout + begin, o_row, s_dot * UNIT, b_real, E - begin, STEP, True).to(tl.float32)
+            b_o = load_rows(p_part + begin, o_row, s_ot * UNIT, b_real, E - begin, STEP, True).to(tl.float32)
+            b_dot += tl.sum(b_do * b_o, 1)  # [BLOCK_Q]
         weight = 1.0
         if SPLIT:
             weight = tl.load(extras.weights + i_branch * query_heads + i_head)
@@ -111,27 +114,85 @@ def attention_row_sums(
             tl.store(p_sum + 2, tl.sum(b_dlog * b_slope, 0))
 
 
-class _Place(NamedTuple):
-    """Where a query tile and the keys of its sequence lie: what stays the same in all walks."""
+class _Numbers(NamedTuple):
+    """Plain arguments of the kernel that more than its own lines need; the scale is that of scores in log2."""
 
+    s_qb: Any
+    s_qh: Any
+    s_qt: Any
+    s_kb: Any
+    s_kh: Any
+    s_kt: Any
+    s_vb: Any
+    s_vh: Any
+    s_vt: Any
+    s_dob: Any
+    s_doh: Any
+    s_dot: Any
+    s_bb: Any
+    s_bh: Any
+    s_bq: Any
+    s_bk: Any
+    s_mb: Any
+    s_mh: Any
+    s_mq: Any
+    s_mk: Any
+    query_heads: Any
+    modalities: Any
+    query_length: Any
+    key_length: Any
+    tiles: Any
+    width: Any
+    all_rows: Any
+    all_keys: Any
+    scale: Any
+
+
+class _Place(NamedTuple):
+    """Where a program's query tile and the keys of its sequence lie."""
+
+    p_q: Any
+    p_dout: Any
     p_k: Any
     p_v: Any
-    p_mask: Any
-    begin: Any
-    end: Any
+    i_tile: Any
+    i_batch: Any
+    i_head: Any
     row: Any
     rows: Any
     o_q: Any
+    begin: Any
+    keys: Any
     s_kt: Any
     s_vt: Any
-    s_mq: Any
-    s_mk: Any
-    scale: Any
+
+
+@triton.jit
+def _place(tensors, facts, walk, numbers, UNIT: tl.constexpr, GROUP: tl.constexpr):
+    """This program's place; asked for anew by each part of the kernel, see `backward_keys.py`."""
+    i_tile = tl.load(walk.order + tl.program_id(0) // numbers.query_heads, volatile=True)
+    i_head = tl.program_id(0) % numbers.query_heads
+    i_sequence = tl.load(walk.tiles + i_tile * 3)
+    row = tl.load(walk.tiles + i_tile * 3 + 1)
+    rows = tl.load(walk.tiles + i_tile * 3 + 2)
+    begin = tl.load(facts.cu_k + i_sequence)
+    keys = tl.load(facts.cu_k + i_sequence + 1) - begin
+    i_batch, i_wide, i_group = i_sequence.to(tl.int64), i_head.to(tl.int64), (i_head // GROUP).to(tl.int64)
+    o_q = row - i_sequence * numbers.query_length
+    o_k = (begin - i_sequence * numbers.key_length).to(tl.int64)
+    return _Place(
+        tensors.q + (i_batch * numbers.s_qb + i_wide * numbers.s_qh + o_q.to(tl.int64) * numbers.s_qt) * UNIT,
+        tensors.dout + (i_batch * numbers.s_dob + i_wide * numbers.s_doh + o_q.to(tl.int64) * numbers.s_dot) * UNIT,
+        tensors.k + (i_batch * numbers.s_kb + i_group * numbers.s_kh + o_k * numbers.s_kt) * UNIT,
+        tensors.v + (i_batch * numbers.s_vb + i_group * numbers.s_vh + o_k * numbers.s_vt) * UNIT,
+        i_tile, i_batch, i_head, row, rows, o_q, begin, keys, numbers.s_kt * UNIT, numbers.s_vt * UNIT,
+    )  # fmt: skip
 
 
 @triton.jit
 def _visit(
-    b_dq, b_db, b_q, b_do, b_norm, b_delta, weight, at, column, o_key, b_position, b_low, b_high, o_row,
+    b_dq, b_db, b_q, b_do, b_norm, b_delta, weight, at, numbers, p_mask, column, o_key, b_position, b_low, b_high,
+    o_row,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     MASKED: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -141,12 +202,12 @@ def _visit(
         real = b_position >= 0
     b_k = load_key_tile(at.p_k, column, o_key, at.s_kt, real, D, BLOCK_D, MASKED)  # [KEYS, BLOCK_D]
     b_v = load_key_tile(at.p_v, column, o_key, at.s_vt, real, E, BLOCK_E, MASKED)  # [KEYS, BLOCK_E]
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * at.scale - b_norm[:, None]  # [BLOCK_Q, KEYS]
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * numbers.scale - b_norm[:, None]  # [BLOCK_Q, KEYS]
     if MASK > 0:
         inside = (o_row < at.rows)[:, None] & real[None, :]
         b_s += load_mask(
-            at.p_mask, at.o_q + o_row[:, None], column + o_key[None, :], at.s_mq, at.s_mk, inside, MASK == 1
-        )  # fmt: skip
+            p_mask, at.o_q + o_row[:, None], column + o_key[None, :], numbers.s_mq, numbers.s_mk, inside, MASK == 1
+        )
     if MASKED:
         b_s = tl.where(visible(b_low[:, None], b_high[:, None], b_position[None, :]), b_s, float("-inf"))
     b_p = tl.exp2(b_s)
@@ -162,16 +223,17 @@ def _visit(
 
 @triton.jit
 def _walk(
-    b_dq, b_db, b_q, b_do, b_norm, b_delta, weight, at, facts, walk, i_pass, i_walk, i_tile, tiles, width,
-    all_rows, all_keys,
-    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PART: tl.constexpr, AFFINE: tl.constexpr,
-    MASK: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    b_dq, b_db, b_q, b_do, b_norm, b_delta, weight, tensors, extras, facts, walk, numbers, i_pass, i_walk,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, UNIT: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PART: tl.constexpr, AFFINE: tl.constexpr,
+    MASK: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """As in the forward: tiles that need no masks, then the others in parts."""
-    p_list = walk.key_lists + width.to(tl.int64) * i_pass
+    BIAS: tl.constexpr = extras.bias is not None
+    p_list = walk.key_lists + numbers.width.to(tl.int64) * i_pass
     if MASK == 0:
-        p_run = walk.runs + (tiles.to(tl.int64) * i_walk + i_tile) * 8
+        at = _place(tensors, facts, walk, numbers, UNIT, GROUP)
+        p_run = walk.runs + (numbers.tiles.to(tl.int64) * i_walk + at.i_tile) * 8
         first, last = tl.load(p_run), tl.load(p_run + 1)
         o_key = tl.arange(0, BLOCK_K)
         ahead = 0
@@ -184,55 +246,61 @@ def _walk(
                 column = ahead
                 ahead = tl.load(p_list + i + 1)
             b_dq, b_db = _visit(
-                b_dq, b_db, b_q, b_do, b_norm, b_delta, weight, at, column, o_key, None, None, None, None,
-                D, E, BLOCK_D, BLOCK_E, False, 0, BIAS, SPLIT, PRECISION,
+                b_dq, b_db, b_q, b_do, b_norm, b_delta, weight, at, numbers, None, column, o_key, None, None, None,
+                None, D, E, BLOCK_D, BLOCK_E, False, 0, BIAS, SPLIT, PRECISION,
             )  # fmt: skip
+    at = _place(tensors, facts, walk, numbers, UNIT, GROUP)
+    p_mask = extras.mask
+    if MASK > 0:
+        p_mask = extras.mask + at.i_batch * numbers.s_mb + at.i_head.to(tl.int64) * numbers.s_mh
     PARTS: tl.constexpr = BLOCK_K // PART
     o_part, o_row = tl.arange(0, PART), tl.arange(0, BLOCK_Q)
-    b_low, b_high = row_limits(facts.limits, i_walk, all_rows, at.row + o_row, o_row < at.rows)
-    p_keys = facts.positions + all_keys.to(tl.int64) * i_pass + at.begin
-    runs = masked_runs(walk.runs, i_walk, tiles, i_tile, MASK > 0)
+    b_low, b_high = row_limits(facts.limits, i_walk, numbers.all_rows, at.row + o_row, o_row < at.rows)
+    p_keys = facts.positions + numbers.all_keys.to(tl.int64) * i_pass + at.begin
+    runs = masked_runs(walk.runs, i_walk, numbers.tiles, at.i_tile, MASK > 0)
     next_tile = tl.load(p_list + entry_of(runs, 0))
     for i in range(0, runs.until_third * PARTS):
         column = next_tile + i % PARTS * PART
         next_tile = tl.load(p_list + entry_of(runs, (i + 1) // PARTS))
-        b_position = tl.load(p_keys + column + o_part, mask=column + o_part < at.end - at.begin, other=-1)
+        b_position = tl.load(p_keys + column + o_part, mask=column + o_part < at.keys, other=-1)
         b_dq, b_db = _visit(
-            b_dq, b_db, b_q, b_do, b_norm, b_delta, weight, at, column, o_part, b_position, b_low, b_high, o_row,
-            D, E, BLOCK_D, BLOCK_E, True, MASK, BIAS, SPLIT, PRECISION,
+            b_dq, b_db, b_q, b_do, b_norm, b_delta, weight, at, numbers, p_mask, column, o_part, b_position, b_low,
+            b_high, o_row, D, E, BLOCK_D, BLOCK_E, True, MASK, BIAS, SPLIT, PRECISION,
         )  # fmt: skip
     return b_dq, b_db
 
 
 @triton.jit
 def _pass(
-    b_dq, b_q, b_do, b_norm, b_delta, weight, at, extras, facts, walk, p_dbias, p_modalities,
-    i_pass, i_batch, i_head, i_tile, s_bb, s_bh, s_bq, s_bk, tiles, width, modalities, query_heads, all_rows, all_keys,
-    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PART: tl.constexpr, INTERVALS: tl.constexpr, AFFINE: tl.constexpr,
-    SPLIT: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    b_dq, b_q, b_do, b_norm, b_delta, weight, tensors, extras, facts, walk, numbers, p_modalities, i_pass,
+    D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, UNIT: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PART: tl.constexpr, INTERVALS: tl.constexpr,
+    AFFINE: tl.constexpr, SPLIT: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One pass: dq so far, and the pass's d bias."""
     b_db = tl.zeros([BLOCK_Q], tl.float32)
     if extras.bias is not None:
+        at = _place(tensors, facts, walk, numbers, UNIT, GROUP)
         o_row = tl.arange(0, BLOCK_Q)
-        i_modality = tl.load(p_modalities + i_pass)
         b_modality = tl.load(facts.row_modality + at.row + o_row, mask=o_row < at.rows, other=-1)
-        p_row = extras.bias + i_batch * s_bb + i_head * s_bh + tl.maximum(b_modality, 0) * s_bq + i_modality * s_bk
-        b_shift = tl.load(p_row).to(tl.float32) * LOG2E
+        p_row = extras.bias + at.i_batch * numbers.s_bb + at.i_head * numbers.s_bh
+        p_row += tl.load(p_modalities + i_pass) * numbers.s_bk
+        b_shift = tl.load(p_row + tl.maximum(b_modality, 0) * numbers.s_bq).to(tl.float32) * LOG2E
         b_norm -= tl.where(b_shift < LOWEST, LOWEST, b_shift)
     for i_interval in tl.static_range(INTERVALS):
         b_dq, b_db = _walk(
-            b_dq, b_db, b_q, b_do, b_norm, b_delta, weight, at, facts, walk, i_pass, i_pass * INTERVALS + i_interval,
-            i_tile, tiles, width, all_rows, all_keys,
-            D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, PART, AFFINE, MASK, extras.bias is not None, SPLIT, PRECISION,
+            b_dq, b_db, b_q, b_do, b_norm, b_delta, weight, tensors, extras, facts, walk, numbers, i_pass,
+            i_pass * INTERVALS + i_interval,
+            D, E, BLOCK_D, BLOCK_E, UNIT, GROUP, BLOCK_Q, BLOCK_K, PART, AFFINE, MASK, SPLIT, PRECISION,
         )  # fmt: skip
     if extras.bias is not None:
+        at = _place(tensors, facts, walk, numbers, UNIT, GROUP)
         o_row = tl.arange(0, BLOCK_Q)
         b_modality = tl.load(facts.row_modality + at.row + o_row, mask=o_row < at.rows, other=-1)
-        p_dbias_row = p_dbias + ((tiles.to(tl.int64) * i_pass + i_tile) * query_heads + i_head) * modalities
-        for i_row_modality in range(0, modalities):
-            tl.store(p_dbias_row + i_row_modality, tl.sum(tl.where(b_modality == i_row_modality, b_db, 0.0), 0))
+        i_cell = (numbers.tiles.to(tl.int64) * i_pass + at.i_tile) * numbers.query_heads + at.i_head
+        for i_modality in range(0, numbers.modalities):
+            of_rows = tl.sum(tl.where(b_modality == i_modality, b_db, 0.0), 0)
+            tl.store(tensors.dbias + i_cell * numbers.modalities + i_modality, of_rows)
     return b_dq
 
 
@@ -253,63 +321,51 @@ def attention_backward_query(
     SPLIT: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, and d bias summed over each tile by query modality. Grid: as `attention_forward`."""
-    i_tile = tl.load(walk.order + tl.program_id(0) // query_heads)
-    i_head = tl.program_id(0) % query_heads
-    i_group = i_head // GROUP
-    i_sequence = tl.load(walk.tiles + i_tile * 3)
-    row = tl.load(walk.tiles + i_tile * 3 + 1)
-    rows = tl.load(walk.tiles + i_tile * 3 + 2)
-    if rows == 0:
+    numbers = _Numbers(
+        s_qb, s_qh, s_qt, s_kb, s_kh, s_kt, s_vb, s_vh, s_vt, s_dob, s_doh, s_dot, s_bb, s_bh, s_bq, s_bk,
+        s_mb, s_mh, s_mq, s_mk, query_heads, modalities, query_length, key_length, tiles, width, all_rows, all_keys,
+        scale,
+    )  # fmt: skip
+    at = _place(tensors, facts, walk, numbers, UNIT, GROUP)
+    if at.rows == 0:
         return
-    begin, end = tl.load(facts.cu_k + i_sequence), tl.load(facts.cu_k + i_sequence + 1)
-    i_batch, i_wide = i_sequence.to(tl.int64), i_head.to(tl.int64)
-    o_q = row - i_sequence * query_length
-    o_k = (begin - i_sequence * key_length).to(tl.int64)
-    p_q = tensors.q + (i_batch * s_qb + i_wide * s_qh + o_q.to(tl.int64) * s_qt) * UNIT
-    p_dout = tensors.dout + (i_batch * s_dob + i_wide * s_doh + o_q.to(tl.int64) * s_dot) * UNIT
-    p_k = tensors.k + (i_batch * s_kb + i_group.to(tl.int64) * s_kh + o_k * s_kt) * UNIT
-    p_v = tensors.v + (i_batch * s_vb + i_group.to(tl.int64) * s_vh + o_k * s_vt) * UNIT
-    p_mask = extras.mask
-    if MASK > 0:
-        p_mask = extras.mask + i_batch * s_mb + i_wide * s_mh
-    at = _Place(p_k, p_v, p_mask, begin, end, row, rows, o_q, s_kt * UNIT, s_vt * UNIT, s_mq, s_mk, scale)
-
     o_row = tl.arange(0, BLOCK_Q)
-    b_real = tl.load(facts.row_modality + row + o_row, mask=o_row < rows, other=-1) >= 0
-    b_q = load_rows(p_q, o_row, s_qt * UNIT, b_real, D, BLOCK_D, True)  # [BLOCK_Q, BLOCK_D]
-    b_do = load_rows(p_dout, o_row, s_dot * UNIT, b_real, E, BLOCK_E, True)  # [BLOCK_Q, BLOCK_E]
+    b_real = tl.load(facts.row_modality + at.row + o_row, mask=o_row < at.rows, other=-1) >= 0
+    b_q = load_rows(at.p_q, o_row, s_qt * UNIT, b_real, D, BLOCK_D, True)  # [BLOCK_Q, BLOCK_D]
+    b_do = load_rows(at.p_dout, o_row, s_dot * UNIT, b_real, E, BLOCK_E, True)  # [BLOCK_Q, BLOCK_E]
     b_dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     weight = 1.0
 
     for i_branch in tl.static_range(2 if SPLIT else 1):
-        o_flat = (i_branch * query_heads + i_head).to(tl.int64) * all_rows + row + o_row
+        at = _place(tensors, facts, walk, numbers, UNIT, GROUP)
+        o_row = tl.arange(0, BLOCK_Q)
+        b_real = tl.load(facts.row_modality + at.row + o_row, mask=o_row < at.rows, other=-1) >= 0
+        o_flat = (i_branch * query_heads + at.i_head).to(tl.int64) * all_rows + at.row + o_row
         b_norm = tl.load(tensors.norm + o_flat, mask=b_real, other=float("inf"))
         b_delta = tl.load(tensors.delta + o_flat, mask=b_real, other=0.0)
         if SPLIT:
-            weight = tl.load(extras.weights + i_branch * query_heads + i_head)
+            weight = tl.load(extras.weights + i_branch * query_heads + at.i_head)
         if PASSES > 0:
             for i_pass in tl.static_range(
                 FIRST_PASSES if i_branch == 1 else 0, FIRST_PASSES if SPLIT and i_branch == 0 else PASSES
             ):  # fmt: skip
                 b_dq = _pass(
-                    b_dq, b_q, b_do, b_norm, b_delta, weight, at, extras, facts, walk, tensors.dbias, p_modalities,
-                    i_pass, i_batch, i_head, i_tile, s_bb, s_bh, s_bq, s_bk, tiles, width, modalities, query_heads,
-                    all_rows, all_keys,
-                    D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, PART, INTERVALS, AFFINE, SPLIT, MASK, PRECISION,
+                    b_dq, b_q, b_do, b_norm, b_delta, weight, tensors, extras, facts, walk, numbers, p_modalities,
+                    i_pass, D, E, BLOCK_D, BLOCK_E, UNIT, GROUP, BLOCK_Q, BLOCK_K, PART, INTERVALS, AFFINE, SPLIT,
+                    MASK, PRECISION,
                 )  # fmt: skip
         else:
             pass_from = first_passes if i_branch == 1 else 0
             pass_to = first_passes if SPLIT and i_branch == 0 else passes
             for i_pass in range(pass_from, pass_to):
                 b_dq = _pass(
-                    b_dq, b_q, b_do, b_norm, b_delta, weight, at, extras, facts, walk, tensors.dbias, p_modalities,
-                    i_pass, i_batch, i_head, i_tile, s_bb, s_bh, s_bq, s_bk, tiles, width, modalities, query_heads,
-                    all_rows, all_keys,
-                    D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, PART, INTERVALS, AFFINE, SPLIT, MASK, PRECISION,
+                    b_dq, b_q, b_do, b_norm, b_delta, weight, tensors, extras, facts, walk, numbers, p_modalities,
+                    i_pass, D, E, BLOCK_D, BLOCK_E, UNIT, GROUP, BLOCK_Q, BLOCK_K, PART, INTERVALS, AFFINE, SPLIT,
+                    MASK, PRECISION,
                 )  # fmt: skip
 
-    # Addresses are made again here: kept through the loops they would cost registers.
-    o_row = tl.arange(0, BLOCK_Q)
-    p_dq = tensors.dq + (i_batch * s_dqb + i_wide * s_dqh + o_q.to(tl.int64) * s_dqt) * UNIT
+    at = _place(tensors, facts, walk, numbers, UNIT, GROUP)
+    i_wide, o_row = at.i_head.to(tl.int64), tl.arange(0, BLOCK_Q)
+    p_dq = tensors.dq + (at.i_batch * s_dqb + i_wide * s_dqh + at.o_q.to(tl.int64) * s_dqt) * UNIT
     # Scores are scaled for exp2; their gradient is not.
-    store_rows(p_dq, o_row, s_dqt * UNIT, b_dq * (scale * LN2), o_row < rows, D, BLOCK_D)
+    store_rows(p_dq, o_row, s_dqt * UNIT, b_dq * (scale * LN2), o_row < at.rows, D, BLOCK_D)

@@ -56,16 +56,17 @@ class Runs(NamedTuple):
 def load_rows(
     p_base, o_row, s_row, b_real, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
-    """Rows of a matrix with a contiguous last axis, [rows, BLOCK_DIM]; where MASKED, rows that are not real are 0."""
+    """Rows of a matrix with a contiguous last axis, [rows, BLOCK_DIM]; where MASKED, rows that are not real are 0.
+    DIM: how many columns there are from the first on."""
     o_dim = tl.arange(0, BLOCK_DIM)
     p = p_base + (o_row[:, None] * s_row + o_dim[None, :])  # one offset of 32 bits: see WIDEST_ROW of `launch.py`
     if MASKED:
-        if BLOCK_DIM == DIM:
+        if BLOCK_DIM <= DIM:
             b = tl.load(p, mask=b_real[:, None], other=0.0)
         else:
             b = tl.load(p, mask=b_real[:, None] & (o_dim < DIM)[None, :], other=0.0)
     else:
-        if BLOCK_DIM == DIM:
+        if BLOCK_DIM <= DIM:
             b = tl.load(p)
         else:
             b = tl.load(p, mask=(o_dim < DIM)[None, :], other=0.0)
