@@ -27,6 +27,7 @@ class ModalArguments(TypedDict, total=False):
     mask: ModularMask | None
     key_map: KeyMap | None
     pair_bias: Tensor | None
+    softcap: float | None
     pseudo: PseudoAttention | None
     duplex: str
     branch_weights: tuple[Weight, Weight] | None
@@ -82,6 +83,7 @@ def moda_attention(
     mask: ModularMask | None = None,
     key_map: KeyMap | None = None,
     pair_bias: Tensor | None = None,
+    softcap: float | None = None,
     pseudo: PseudoAttention | None = None,
     duplex: str = "joint",
     branch_weights: tuple[Weight, Weight] | None = None,
@@ -94,7 +96,7 @@ def moda_attention(
     r"""MODA attention (arXiv 2507.04635, Eq. 5-10); without modality arguments exactly torch SDPA.
 
     .. math:: O_i = \frac{\sum_{j \in V(i)} e^{s_{ij}} v_j}{\sum_{j \in V(i)} e^{s_{ij}} + P_i}, \quad
-              s_{ij} = \tau^{-1} q_i \cdot k'_j + bias[m_i, m_j] + attn\_mask_{ij}
+              s_{ij} = c(\tau^{-1} q_i \cdot k'_j) + bias[m_i, m_j] + attn\_mask_{ij}
 
     Shapes: N sequences (B rows, or documents), M modalities, Hq query heads, Hkv key heads (Hq a multiple of Hkv),
     D and E the key and value head sizes. Batch layouts take 4-D tensors (torch SDPA's shapes), packed layouts 3-D ones
@@ -117,6 +119,8 @@ def moda_attention(
             ``is_causal``.
         key_map: from a :class:`DuplexAligner` (Eq. 5-6) or :func:`released_key_map`, made for these keys.
         pair_bias: float ``[N or 1, Hq or 1, M, M]``: added to the scores of (query modality, key modality).
+        softcap: a number > 0: c(s) = softcap · tanh(s / softcap), before biases and masks (Gemma 2). Default: c(s) = s.
+            The backends "triton" and "cpu" refuse it.
         pseudo: pseudo-attention scores (Eq. 9-10).
         duplex: "joint": one softmax (as released); "split": one over keys of the query's modality and one over the
             others, added with ``branch_weights`` (Eq. 7-8 as written).
@@ -140,7 +144,7 @@ def moda_attention(
             ``return_lse`` without a layout.
         NotImplementedError: a combination that no backend (or not the one named) can run, with every reason.
     """
-    modal = (mask, key_map, pair_bias, pseudo, branch_weights, query_start, cu_seqlens_q, state)
+    modal = (mask, key_map, pair_bias, softcap, pseudo, branch_weights, query_start, cu_seqlens_q, state)
     if layout is None and not return_lse and duplex == "joint" and all(argument is None for argument in modal):
         if backend is not None:
             backends.named_backend(backend)
@@ -163,6 +167,7 @@ def moda_attention(
             mask=mask,
             key_map=key_map,
             pair_bias=heads.own("pair_bias", pair_bias, 1, every),
+            softcap=softcap,
             pseudo=own_pseudo(pseudo, heads, every),
             duplex=duplex,
             branch_weights=own_weights(branch_weights, heads, every),
@@ -187,6 +192,7 @@ def moda_attention(
         mask=mask,
         key_map=key_map,
         pair_bias=pair_bias,
+        softcap=softcap,
         pseudo=pseudo,
         duplex=duplex,
         branch_weights=branch_weights,

@@ -27,7 +27,7 @@ class AttentionCall:
             keys that it still holds, but `layout.counts` counts all tokens.)
         key_map: apply it with `alignment.align_keys` (while decoding with the causal scope that returns keys aligned
             before, a strided view), or fold a `ModalityMap` that is `foldable` into the query.
-        scale: τ⁻¹.
+        scale: τ⁻¹. softcap: > 0, or None.
         branch_weights: (self, cross), each a float or ``[Hq]``; used where ``split``.
         return_lse: whether lse is wanted; a backend to which it costs something may leave it out if not.
     """
@@ -46,6 +46,7 @@ class AttentionCall:
     split: bool
     branch_weights: tuple[float | Tensor, float | Tensor]
     return_lse: bool = True
+    softcap: float | None = None
 
     @property
     def query_heads(self) -> int:
@@ -71,6 +72,7 @@ class AttentionCall:
         mask: ModularMask | None = None,
         key_map: KeyMap | None = None,
         pair_bias: Tensor | None = None,
+        softcap: float | None = None,
         pseudo: PseudoAttention | None = None,
         duplex: str = "joint",
         branch_weights: tuple[float | Tensor, float | Tensor] | None = None,
@@ -122,13 +124,17 @@ class AttentionCall:
             raise NotImplementedError(
                 f"dropout_p={dropout_p} together with modality arguments: use dropout_p=0.0, or dropout on the output"
             )
-        if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float)):
-            raise checks.wrong_type("scale", "a float or None", scale)
-        if scale is not None:
+        for name, number in (("scale", scale), ("softcap", softcap)):
+            if number is None:
+                continue
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                raise checks.wrong_type(name, "a float or None", number)
             # Kernels take it in the dtype of the scores, some as a multiple: neither may become 0 or infinite.
             least = torch.finfo(torch.promote_types(query.dtype, torch.float32)).tiny
-            if scale != 0 and not least <= abs(scale) <= 1 / least:
-                raise checks.wrong_value("scale", f"0 or a finite number from {least:.2g} to {1 / least:.2g}", scale)
+            if name == "scale" and number != 0 and not least <= abs(number) <= 1 / least:
+                raise checks.wrong_value(name, f"0 or a finite number from {least:.2g} to {1 / least:.2g}", number)
+            if name == "softcap" and not least <= number <= 1 / least:
+                raise checks.wrong_value(name, f"a number from {least:.2g} to {1 / least:.2g}, or None", number)
         checks.choice("duplex", duplex, ("joint", "split"))
         if branch_weights is not None and duplex == "joint":
             raise checks.wrong_value("branch_weights", "None unless duplex='split'", "weights with duplex='joint'")
@@ -159,6 +165,7 @@ class AttentionCall:
             split=duplex == "split",
             branch_weights=_checked_branch_weights(branch_weights, heads, layout.device),
             return_lse=return_lse,
+            softcap=None if softcap is None else float(softcap),
         )
 
     def log_pseudo(self, same: bool | None) -> Tensor:

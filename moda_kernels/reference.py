@@ -340,6 +340,8 @@ def _attend(call: AttentionCall) -> tuple[Tensor, Tensor]:
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
 
     score = call.scale * (q @ k.transpose(-1, -2))
+    if call.softcap is not None:
+        score = call.softcap * torch.tanh(score / call.softcap)
     query_modality, key_modality = rows(queries.of(layout.modality)), rows(layout.modality)
     if call.pair_bias is not None:
         sequence = rows(queries.of(layout.sequence, 0)).long()

@@ -156,7 +156,8 @@ def gradients(model: Any, x: Inputs) -> None:
     if precise(model).dtype == torch.float32:
         against_eager(model, x, run, compare)
         return
-    against_eager(model, x, run, compare, "sdpa")  # eager attention in float64 makes NaN of rows that see nothing
+    if model._supports_sdpa:  # eager attention in float64 makes NaN of rows that see nothing
+        against_eager(model, x, run, compare, "sdpa")
     real = torch.ones_like(real)
     x = {name: t for name, t in x.items() if name not in ("attention_mask", "position_ids")}
     against_eager(model, x, run, compare)

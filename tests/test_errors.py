@@ -241,6 +241,9 @@ REFUSED: dict[str, tuple[Any, type[Exception], str, str, str]] = {
     "scale not a number": (lambda: call(scale=NAN), V, "scale", "finite", "nan"),
     "scale that float32 has only as 0": (lambda: call(scale=-1e-40), V, "scale", "0 or a finite number", "-1e-40"),
     "scale that float32 has only as inf": (lambda: call(scale=10**400), V, "scale", "0 or a finite number", "1000"),
+    "softcap of 0": (lambda: call(softcap=0.0), V, "softcap", "a number from .* or None", "0.0"),
+    "softcap not a number": (lambda: call(softcap=NAN), V, "softcap", "a number from", "nan"),
+    "softcap as tensor": (lambda: call(softcap=torch.tensor(1.0)), T, "softcap", "a float", r"\(\)"),
     "scale as tensor": (lambda: call(scale=torch.tensor(1.0)), T, "scale", "a float", r"\(\)"),
     "dropout": (lambda: call(dropout_p=0.1), NotImplementedError, "dropout_p", "use dropout_p=0.0", "0.1"),
     "no probability": (lambda: call(dropout_p=1.5), V, "dropout_p", "probability", "1.5"),
@@ -250,8 +253,8 @@ REFUSED: dict[str, tuple[Any, type[Exception], str, str, str]] = {
             lambda name=name, value=value: call(layout=None, **{name: value}), V, "layout", "modality arguments", "None"
         )
         for name, value in {
-            "mask": M.full(2), "key_map": aligner(), "pair_bias": zeros(1, 1, 2, 2), "pseudo": mk.PseudoAttention(),
-            "duplex": "split", "branch_weights": (1.0, 1.0), "query_start": 0,
+            "mask": M.full(2), "key_map": aligner(), "pair_bias": zeros(1, 1, 2, 2), "softcap": 1.0,
+            "pseudo": mk.PseudoAttention(), "duplex": "split", "branch_weights": (1.0, 1.0), "query_start": 0,
             "cu_seqlens_q": torch.tensor([0, 5, 10]), "return_lse": True,
         }.items()
     },

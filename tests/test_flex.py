@@ -4,6 +4,8 @@ Its numbers, in all dtypes with gradients, are those of `test_parity.py` and `te
 compiled forward.
 """
 
+import contextlib
+import functools
 import math
 import re
 from typing import Any
@@ -79,6 +81,40 @@ def test_a_caller_compiles_whole() -> None:
     with torch.no_grad():
         found = torch.compile(model, fullgraph=True, dynamic=True)(*tensors, layout.modality, "flex")
     torch.testing.assert_close(found, model(*tensors, layout.modality, "reference"))
+
+
+@compiled
+def test_capped_scores_are_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """(Their kernel compiles with `-m exhaustive`, below.)"""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(engine, "_compiled", engine._compiled.__wrapped__)
+    inputs = BY_NAME["softcap"].build(torch.float32, length=40)
+    with torch.no_grad():
+        out, _ = inputs.call(inputs.tensors, backend="flex")
+        torch.testing.assert_close(out, inputs.call(inputs.tensors, backend="reference")[0])
+
+
+@compiled
+@pytest.mark.exhaustive
+def test_capped_scores_compile() -> None:
+    test_compiled_forward("softcap", torch.float32)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "flex"])
+def test_heads_of_512(backend: str) -> None:
+    """Gemma 4's full layers; forward, backward and decoding."""
+    with testing.eager_flex() if backend == "flex" else contextlib.nullcontext():
+        for name in ("joint_gqa", "queries_last"):
+            testing.check(BY_NAME[name], torch.float32, backend, length=20, head_dim=512)
+
+
+@compiled
+@pytest.mark.exhaustive
+def test_heads_of_512_compile() -> None:
+    inputs = BY_NAME["joint_gqa"].build(torch.float32, length=20, head_dim=512)
+    with torch.no_grad():
+        out, _ = inputs.call(inputs.tensors, backend="flex")
+        torch.testing.assert_close(out, inputs.call(inputs.tensors, backend="reference")[0])
 
 
 def test_decoding() -> None:

@@ -86,7 +86,7 @@ def slow_attention(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) -
     window = math.inf if mask.window is None else mask.window
     heads, key_heads = q.shape[1], k.shape[1]
     scale = q.shape[-1] ** -0.5 if arguments.get("scale") is None else arguments["scale"]
-    split = arguments.get("duplex") == "split"
+    split, cap = arguments.get("duplex") == "split", arguments.get("softcap")
     weights = arguments.get("branch_weights") or (1.0, 1.0)
     pseudo, bias, extra = (arguments.get(name) for name in ("pseudo", "pair_bias", "attn_mask"))
     if extra is not None:
@@ -137,6 +137,8 @@ def slow_attention(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) -
                 for j in seen:
                     key = k[j, g] if layout.packed else k[n, g, j % keys]
                     s = scale * (query @ key)
+                    if cap is not None:
+                        s = cap * torch.tanh(s / cap)
                     if bias is not None:
                         s = s + bias[n % bias.shape[0], h % bias.shape[1], i[1], facts[j][1]]
                     if extra is not None and extra.dtype == torch.bool:

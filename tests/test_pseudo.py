@@ -1,6 +1,7 @@
 """Pseudo-attention: its closed form against sums written out, in extremes of decay and count, with gradients; and the
 whole of it against StableMask's own form, softmax(s ⊙ C + P) ⊙ C."""
 
+import contextlib
 import math
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 import moda_kernels as mk
-from moda_kernels.testing import generator, random_layout, random_mask
+from moda_kernels.testing import eager_flex, generator, random_layout, random_mask
 from moda_kernels.tokens.pseudo import log_geometric_sum, pseudo_counts
 
 DTYPES = (torch.float64, torch.float32)
@@ -234,27 +235,30 @@ def test_counts_of_a_mask(seed: int) -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("learned", [False, True])
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "flex", "triton"])
 def test_a_sink_is_one_score_in_every_row(backend: str, learned: bool, packed: bool) -> None:
     """A column of scores without values, written out; what a row sees has no say in it."""
     g = generator(7)
     ids = torch.tensor([0, 1, 1, -1, 0, 1, 0, 0, 1])
     bounds = {"cu_seqlens": torch.tensor([0, 4, 9], dtype=torch.int32)} if packed else {}
     layout = mk.segment_modalities(ids if packed else ids[None], num_modalities=2, **bounds)
-    q, k, v = (torch.randn(9, 2, 4, generator=g, dtype=torch.float64) for _ in range(3))
-    base = torch.randn(2, generator=g, dtype=torch.float64, requires_grad=learned)
+    if backend == "triton" and mk.backends.BACKENDS[backend].why_absent():
+        pytest.skip("; ".join(mk.backends.BACKENDS[backend].why_absent()))
+    dtype = torch.float32 if backend == "triton" else torch.float64
+    q, k, v = (torch.randn(9, 2, 4, generator=g, dtype=dtype) for _ in range(3))
+    base = torch.randn(2, generator=g, dtype=dtype, requires_grad=learned)
     mask = mk.ModularMask([[mk.Visibility.PAST, mk.Visibility.HIDDEN], [mk.Visibility.HIDDEN, mk.Visibility.PAST]], 2)
     for one in (base, 0.7):
         arguments = [x if packed else x.transpose(0, 1)[None] for x in (q, k, v)]
-        out, lse = mk.moda_attention(
-            *arguments, layout=layout, mask=mask, pseudo=mk.PseudoAttention.sink(one), return_lse=True, backend=backend
-        )
+        given: dict[str, Any] = {"layout": layout, "mask": mask, "pseudo": mk.PseudoAttention.sink(one)}
+        with eager_flex() if backend == "flex" else contextlib.nullcontext():
+            out, lse = mk.moda_attention(*arguments, return_lse=True, backend=backend, **given)
         out, lse = (out, lse) if packed else (out[0].transpose(0, 1), lse[0])
         seen = mask.visible(layout)
         seen = seen if packed else seen[0]
         scores = torch.einsum("ihd,jhd->hij", q, k) / 2
         scores = scores.masked_fill(~seen, -math.inf)
-        sink = torch.full((2,), one, dtype=torch.float64) if isinstance(one, float) else one
+        sink = torch.full((2,), one, dtype=dtype) if isinstance(one, float) else one
         scores = torch.cat((scores, sink[:, None, None].expand(-1, 9, 1)), -1)
         real = ids >= 0
         expected = torch.einsum("hij,jhd->ihd", scores.softmax(-1)[..., :-1], v)

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import vlm
 from torch import Tensor
 from vlm import transformers
 
+import moda_kernels as mk
 from moda_kernels.integrations.transformers import attention as integration
 from moda_kernels.integrations.transformers import disable, enable, modality_ids
 from moda_kernels.integrations.transformers.families import DECODERS, FAMILIES
@@ -51,7 +53,6 @@ def test_every_other_type_is_refused_by_name() -> None:
         assert made.config.to_dict() == before
         seen.add(kind)
     assert seen >= {
-        "gemma2",
         "whisper",
         "bert",
         "nemotron_h",
@@ -62,11 +63,9 @@ def test_every_other_type_is_refused_by_name() -> None:
 @pytest.mark.parametrize(
     ("kind", "changes", "parts"),
     [
-        ("gemma2", {}, ["Gemma2", "softcap"]),
         ("qwen2_moe", {}, ["Qwen2Moe", "sliding window"]),
         ("gemma3_text", {"use_bidirectional_attention": True}, ["Gemma3", "bidirectional"]),
         ("llama", {"is_causal": False}, ["Llama", "bidirectional"]),
-        ("gemma3_text", {"attn_logit_softcapping": 50.0}, ["Gemma3", "attn_logit_softcapping"]),
     ],
 )
 def test_refused(kind: str, changes: dict[str, Any], parts: list[str]) -> None:
@@ -196,3 +195,22 @@ def test_a_model_made_of_an_enabled_ones_config(refused: Callable[..., None]) ->
     disable(other)
     refused(lambda: model(**x), ValueError, ["attn_implementation"])  # they share a config
     disable(model)
+
+
+# What a backend hasn't got
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_capped_scores_are_refused_before_any_work(backend: str) -> None:
+    absent = mk.backends.BACKENDS[backend].why_absent()
+    if absent:
+        pytest.skip("; ".join(absent))
+    model = enable(tiny.model("gemma2"))
+    ids = torch.randint(20, 90, (1, 9))
+    told = modality_ids(torch.zeros(1, 9).long())
+    with mk.use_backend(backend), told, pytest.raises(NotImplementedError, match=f"{backend}: it has no softcap"):
+        model(ids)
+    small = torch.zeros(1, 1, 4, 8)
+    for given in ({}, {"pair_bias": torch.full((1, 1, 2, 2), math.nan)}):
+        with pytest.raises(NotImplementedError, match="softcap"):
+            mk.moda_attention(small, small, small, layout=ids[:, :4] % 2, softcap=3.0, backend=backend, **given)

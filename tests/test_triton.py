@@ -438,6 +438,7 @@ def test_refusals() -> None:
     assert reasons() == ""
     assert "float64" in reasons(dtype=torch.float64)
     assert "from 1 to 256, got 257" in reasons(dim=257)
+    assert "it has no softcap" in reasons(softcap=2.0)
     assert "no gradient for attn_mask" in reasons(attn_mask=torch.zeros(4, 4, device=DEVICE, requires_grad=True))
     everything = reasons(dtype=torch.float64, dim=300)
     assert "float64" in everything and "300" in everything

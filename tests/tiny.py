@@ -46,6 +46,8 @@ _MORE: dict[str, dict[str, dict[str, Any]]] = {
     "voxtral": {"whole": {"audio_token_id": 7}},
     "qwen3_5_text": {"": {"layer_types": ["linear_attention", "full_attention"]}},
     "qwen3_5": {"": {"layer_types": ["linear_attention", "full_attention"]}},
+    "gemma2": {"": {"attn_logit_softcapping": 1.5}},
+    "vaultgemma": {"": {"attn_logit_softcapping": 1.5}},
     "gpt_oss": {"": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}},
 }  # fmt: skip
 

@@ -32,6 +32,7 @@ FEATURES = {
     "value size, scale": ("joint_scale", "joint_value"),
     "split": ("split",),
     "pseudo scores": ("pseudo", "sink"),
+    "capped scores": ("softcap",),
     "pair bias": ("bias",),
     "attn_mask": ("attn_mask",),
     **{

@@ -270,7 +270,9 @@ class _Attention:
             "duplex": "split" if call.split else "joint",
             "branch_weights": call.branch_weights if call.split else None,
         }
-        self.scores: dict[str, Any] = {"attn_mask": call.attn_mask, "pair_bias": call.pair_bias, "pseudo": call.pseudo}
+        self.scores: dict[str, Any] = {
+            name: getattr(call, name) for name in ("attn_mask", "pair_bias", "pseudo", "softcap")
+        }
 
     def __call__(self, key: Tensor, value: Tensor) -> Tensor:
         """The output, float32 or more: ``[tokens, Hq, E]``."""
@@ -357,13 +359,14 @@ def _layer(one: _Seen, rows: Tensor | None, control: bool) -> LayerReport:
 
 
 def _entropy(again: _Attention, fused: Tensor, mass: Tensor) -> Tensor:
-    """Of every row's attention, in bits, ``[tokens, Hq]``; NaN where a mask is added to scores, or of two softmaxes.
+    """Of every row's attention, in bits, ``[tokens, Hq]``; NaN where scores are capped or a mask is added, or of two
+    softmaxes.
 
     It needs no row of weights: with scores s and p = e^s / Z, -Σ p log p = mass · log Z - Σ p s, and Σ p s is the
     query times attention with value = key.
     """
     call = again.call
-    if call.split or call.attn_mask is not None:
+    if call.split or call.attn_mask is not None or call.softcap is not None:
         return torch.full_like(mass[..., 0], math.nan)
     out, lse = again.with_lse(fused, fused)
     expected = call.scale * (to_tokens("query", call.query, call.layout).to(out.dtype) * out).sum(-1)

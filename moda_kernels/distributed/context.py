@@ -232,6 +232,7 @@ class ContextParallel:
         mask: ModularMask | None = None,
         key_map: KeyMap | None = None,
         pair_bias: Tensor | None = None,
+        softcap: float | None = None,
         pseudo: PseudoAttention | None = None,
         duplex: str = "joint",
         branch_weights: tuple[float | Tensor, float | Tensor] | None = None,
@@ -278,6 +279,7 @@ class ContextParallel:
                 mask=mask,
                 key_map=key_map,
                 pair_bias=heads.own("pair_bias", pair_bias, 1, every),
+                softcap=softcap,
                 pseudo=own_pseudo(pseudo, heads, every),
                 duplex=duplex,
                 branch_weights=own_weights(branch_weights, heads, every),
@@ -314,7 +316,7 @@ class ContextParallel:
                 raise checks.wrong_value(name, expected, x)
         options: dict[str, Any] = {
             "dropout_p": dropout_p, "scale": scale, "enable_gqa": enable_gqa, "mask": mask, "pseudo": pseudo,
-            "duplex": duplex, "branch_weights": branch_weights,
+            "duplex": duplex, "branch_weights": branch_weights, "softcap": softcap,
         }  # fmt: skip
         self._check_sequences("pair_bias", pair_bias)
         bias = None if pair_bias is None else self._local.of_sequences(pair_bias)

@@ -38,6 +38,7 @@ def ulysses_attention(
     mask: ModularMask | None = None,
     key_map: KeyMap | DuplexAligner | None = None,
     pair_bias: Tensor | None = None,
+    softcap: float | None = None,
     pseudo: PseudoAttention | None = None,
     duplex: str = "joint",
     branch_weights: tuple[float | Tensor, float | Tensor] | None = None,
@@ -94,7 +95,7 @@ def ulysses_attention(
         "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa, "layout": layout,
         "mask": mask, "duplex": duplex, "attn_mask": _of_heads(attn_mask, -3, every, mine),
         "pair_bias": _of_heads(pair_bias, 1, every, mine), "pseudo": _pseudo_of_heads(pseudo, every, mine),
-        "branch_weights": branch_weights,
+        "branch_weights": branch_weights, "softcap": softcap,
     }  # fmt: skip
     if isinstance(branch_weights, tuple | list):
         options["branch_weights"] = tuple(_of_heads(weight, 0, every, mine) for weight in branch_weights)

@@ -225,6 +225,7 @@ class Case:
     weights: bool = False
     value_dim: float = 1
     scale: float | None = None
+    softcap: float | None = None
     is_causal: bool = False
 
     def __repr__(self) -> str:
@@ -292,6 +293,8 @@ class Case:
             arguments["mask"] = self.mask(self.roles or m)
         if self.is_causal:
             arguments["is_causal"] = True
+        if self.softcap is not None:
+            arguments["softcap"] = self.softcap
         if self.attn_mask == "float":
             tensors["attn_mask"] = normal(n, 1, rows, layout.modality.shape[-1])
         elif self.attn_mask == "fixed":
@@ -437,6 +440,9 @@ CASES: tuple[Case, ...] = (
     Case("joint_scale", scale=0.7),
     Case("joint_value_size", _within, value_dim=2),
     Case("joint_gqa", _within, key_heads=2, group=3),
+    # Capped scores
+    Case("softcap", _within, softcap=0.9, group=2),
+    Case("softcap_split", duplex="split", softcap=2.0, scale=-0.7, bias="own", pseudo=_pseudo(), attn_mask="float"),
     # Roles, steps, chunks, a window on everything
     Case("roles", _within, roles=2, modalities=3, padding=("middle", "none"), longest=6),
     Case("steps", _stepped, steps=True, chunks=True, padding=("left", "middle", "none"), modalities=3, longest=5),

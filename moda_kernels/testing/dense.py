@@ -278,6 +278,7 @@ def attend(
     window: int | None = None,
     window_on: str = "past",
     scale: float | None = None,
+    softcap: float | None = None,
     attn_mask: Tensor | None = None,
     aligner: dict[str, Any] | None = None,
     pseudo: dict[str, Any] | None = None,
@@ -314,6 +315,8 @@ def attend(
     key, value = (x.repeat_interleave(group, 1).transpose(0, 1) for x in (key, value))  # [Hq, T, D]
     products = arithmetic.wide(query.transpose(0, 1) @ key.transpose(1, 2))
     scores = (query.shape[-1] ** -0.5 if scale is None else scale) * products
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if "pair_bias" in tensors:
         sequences = len(tokens.bounds) - 1
         bias = tensors["pair_bias"].expand(sequences, heads, -1, -1)

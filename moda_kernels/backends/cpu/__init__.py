@@ -43,6 +43,8 @@ class CpuBackend:
             reasons.append(f"it supports {', '.join(map(str, _DTYPES))}, got {call.query.dtype}")
         if call.attn_mask is not None and call.attn_mask.requires_grad:
             reasons.append("it has no gradient for attn_mask")
+        if call.softcap is not None:
+            reasons.append("it has no softcap")
         if call.pair_bias is not None and not reasons:
             reasons += _why_not_columns(call.pair_bias, call.scale, call.query.dtype)
         return reasons

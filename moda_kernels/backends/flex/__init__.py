@@ -6,6 +6,7 @@ engine. Keys are aligned first (written out); split attention is two calls; pseu
 differentiable; biases and masks of scores are a `score_mod`.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -27,6 +28,8 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _DEVICES = ("cuda", "xpu", "cpu")
 #: What the engine's Triton kernels take; smaller heads get zeros.
 LEAST_HEAD_DIM, MOST_HEAD_DIM = 16, 256
+#: And where a block has so much shared memory: the engine's tiles of such heads (64 rows, 3 stages of 32 keys).
+WIDE_HEAD_DIM, WIDE_SHARED = 512, 192 * 1024
 
 
 class FlexBackend:
@@ -71,11 +74,11 @@ class FlexBackend:
                 if asked:
                     reasons.append(f"inside torch.compile FlexAttention has no {', '.join(asked)} on the CPU")
             return reasons
+        most = _most_head_dim(call.query.device)
         for name, tensor in (("query and key", call.query), ("value", call.value)):
-            if tensor.shape[-1] > MOST_HEAD_DIM:
+            if tensor.shape[-1] > most:
                 reasons.append(
-                    f"FlexAttention was not tried with head sizes of {name} beyond {MOST_HEAD_DIM}, got "
-                    f"{tensor.shape[-1]}"
+                    f"FlexAttention takes head sizes of {name} up to {most} on this device, got {tensor.shape[-1]}"
                 )
         if flash:
             reasons += engine.why_not_flash(call.query.device)
@@ -126,6 +129,15 @@ class FlexBackend:
             return out, lse
 
         return call.merged([part(0, True), part(1, False)] if call.split else [part(0, None)])
+
+
+@functools.cache
+@torch.compiler.assume_constant_result
+def _most_head_dim(device: torch.device) -> int:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return MOST_HEAD_DIM
+    shared = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
+    return WIDE_HEAD_DIM if shared >= WIDE_SHARED else MOST_HEAD_DIM
 
 
 def _wanting(call: AttentionCall) -> list[str]:
@@ -179,7 +191,8 @@ def _terms(
         attn_mask = attn_mask[tuple(slice(None) if own else 0 for own in mask_axes)].contiguous()
     size = options.block_size(chosen, call.query.device)
     wants_lse = call.return_lse or call.pseudo is not None
-    return (bias, attn_mask), engine.Form(mask_axes, scale, size, options.for_kernels(chosen), wants_lse)
+    cap = None if call.softcap is None else repr(call.softcap)
+    return (bias, attn_mask), engine.Form(mask_axes, scale, cap, size, options.for_kernels(chosen), wants_lse)
 
 
 def _masks(call: AttentionCall, branch: int, block_size: tuple[int, int]) -> tuple[Readings, BlockLists]:

@@ -77,12 +77,14 @@ class Form:
     Attributes:
         mask_axes: which of B, Hq, Lq, Lk `Terms.attn_mask` has, at least one; () where there is none.
         scale: > 0.
+        softcap: in text (or None): a float that a score_mod closes over is an input to compilers, which none may have.
         block_size: of the block mask. options: of the kernels, sorted.
         lse: whether the engine is asked for it.
     """
 
     mask_axes: tuple[bool, ...]
     scale: float
+    softcap: str | None
     block_size: tuple[int, int]
     options: tuple[tuple[str, Any], ...]
     lse: bool
@@ -154,7 +156,7 @@ def _called(query: Tensor, key: Tensor, value: Tensor, terms: Terms, form: Form)
     lengths = query.shape[2], key.shape[2]
     mod, tables = _score_mod(terms, form)
     score_mod = None
-    if tables:
+    if tables or form.softcap is not None:
 
         def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return mod(score, b, h, q, k, *tables)
@@ -174,9 +176,11 @@ def _called(query: Tensor, key: Tensor, value: Tensor, terms: Terms, form: Form)
 def _score_mod(terms: Terms, form: Form) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
     """From a score and its place to the score that takes part; and the tables that it takes as arguments, since these
     alone have gradients."""
-    bias = terms.bias
+    bias, cap = terms.bias, None if form.softcap is None else float(form.softcap)
 
     def mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor, *tables: Tensor) -> Tensor:
+        if cap is not None:
+            score = cap * torch.tanh(score / cap)
         if bias is not None:
             modalities = bias.row_modality[b, q], bias.key_modality[b, k]
             score = score + tables[0][(bias.row_sequence[b, q], h, *modalities)]

@@ -40,6 +40,8 @@ class TritonBackend:
                 reasons.append(f"it supports head sizes of {name} from 1 to {MAX_HEAD_DIM}, got {tensor.shape[-1]}")
         if call.attn_mask is not None and call.attn_mask.requires_grad:
             reasons.append("it has no gradient for attn_mask")
+        if call.softcap is not None:
+            reasons.append("it has no softcap")
         return reasons
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:

@@ -108,21 +108,20 @@ def attention(
         query: ``[B, Hq, n, D]``. key, value: ``[B, Hkv, L, D]``, the cache's, after the rotary embedding.
         attention_mask: what the model asked for. A matrix, or none, where it asked for no causal mask (an encoder, or a
             mask of four axes from the caller): then this is exactly SDPA.
-        sliding_window: not looked at: it is in the mask.
+        sliding_window: not looked at: it is in the mask. softcap: as `moda_attention`'s.
+        s_aux: ``[Hq]``, a sink for each head.
 
     Returns:
         ``[B, n, Hq, D]``, and None for the weights.
 
     Raises:
         ValueError: an enabled layer that isn't told its tokens, a model without the aligners that it was saved with.
-        NotImplementedError: soft caps, dropout.
+        NotImplementedError: dropout, what the backend asked for can't run.
     """
     settings: LayerSettings | None = getattr(module, SETTINGS, None)
     tokens: Tokens | None = others.pop(ARGUMENT, None)
     tokens = None if tokens is None else tokens.ready()
     aligner = getattr(module, ALIGNER, None)
-    if softcap is not None:
-        raise NotImplementedError(f"softcap of {type(module).__name__}: MODA has none; use attn_implementation='eager'")
     if settings is None and hasattr(getattr(module, "config", None), CONFIG):
         raise ValueError(
             f"attn_implementation={NAME!r}: expected the aligners that config.{CONFIG} tells of, got "
@@ -130,7 +129,7 @@ def attention(
             f"enable(model) brings them back (to do without: disable(enable(model)))"
         )
     adds = isinstance(aligner, nn.Module) or (settings is not None and settings.mask is not None)
-    if not isinstance(attention_mask, AskedMask) and not adds and s_aux is None:
+    if not isinstance(attention_mask, AskedMask) and not adds and s_aux is None and softcap is None:
         return _plain(module, query, key, value, attention_mask, dropout, scaling, others)
     if adds and attention_mask is None and others.get("is_causal"):
         raise NotImplementedError(
@@ -145,7 +144,9 @@ def attention(
     parallel = others.pop(PARALLEL, None)
     if parallel is not None:
         pseudo = _pseudo(module, settings, aligner, pseudo, query.shape[1])
-        options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, "enable_gqa": True, "pseudo": pseudo}
+        options: dict[str, Any] = {
+            "dropout_p": dropout, "scale": scaling, "enable_gqa": True, "pseudo": pseudo, "softcap": softcap,
+        }  # fmt: skip
         return parallel.attend(module, query, key, value, options), None
     if isinstance(attention_mask, AskedMask) and attention_mask.shape[3] != key.shape[2]:
         raise checks.wrong_value("attention_mask", f"a mask of the layer's {key.shape[2]} keys", attention_mask)
@@ -170,7 +171,9 @@ def attention(
         pseudo = _pseudo(module, settings, aligner, pseudo, query.shape[1])
     if tokens is not None and tokens.documents is not None and not packed:
         _check_traced(module, settings, key_map)
-    options = {"dropout_p": dropout, "scale": scaling, "enable_gqa": True, "pseudo": pseudo}
+    options = {
+        "dropout_p": dropout, "scale": scaling, "enable_gqa": True, "pseudo": pseudo, "softcap": softcap,
+    }  # fmt: skip
     own = settings is not None and settings.mask is not None
     plain = isinstance(attention_mask, AskedMask) and attention_mask.plain
     if tokens is not None and (own or (plain and key_map is not None)):

@@ -106,19 +106,17 @@ def _names(*lines: str) -> frozenset[str]:
 #: Decoders whose layers were compared with their own eager attention.
 DECODERS = _names(
     "afmoe apertus arcee aria_text biogpt bitnet cohere cohere2 cohere2_moe cwm ernie4_5 ernie4_5_moe exaone4",
-    "exaone_moe flex_olmo gemma gemma3_text glm glm4 glm4_moe glm4v_moe_text glm4v_text granite granitemoe",
+    "exaone_moe flex_olmo gemma gemma2 gemma3_text glm glm4 glm4_moe glm4v_moe_text glm4v_text granite granitemoe",
     "granitemoeshared helium hyperclovax jais2 llama minimax_m2 ministral3 mistral mixtral nanochat olmo olmo2",
     "olmo3 olmoe opt phi qwen2 qwen2_5_vl_text qwen2_vl_text qwen3 qwen3_moe qwen3_vl_moe_text qwen3_vl_text",
     "seed_oss smollm3 solar_open starcoder2 gemma4_text molmo2_text llama4_text qwen3_5_text emu3_text_model",
-    "mllama_text_model gpt_oss chameleon",
+    "mllama_text_model gpt_oss chameleon vaultgemma",
 )
 #: What is known to be otherwise.
 OTHERWISE = {
     "gemma3n": "some of its layers take the keys of others",
     "gemma3n_text": "some of its layers take the keys of others",
     "kosmos-2": "attention of its decoder's kind also stands outside the decoder",
-    "gemma2": "its scores are capped (softcap), which MODA doesn't do",
-    "vaultgemma": "its scores are capped (softcap), which MODA doesn't do",
     "qwen2_moe": "its layers don't say which of them have a sliding window",
     "git": "images see themselves whole before a causal text",
     "pi0": "its mask counts blocks",
@@ -168,8 +166,6 @@ def refuse_unknown(base: Any, text: Any) -> None:
     everything = getattr(config, "use_bidirectional_attention", False) in (True, "all") and config.model_type != "gemma"
     if not getattr(config, "is_causal", True) or everything:
         raise NotImplementedError(f"{name} is configured to be bidirectional, not causal; {_INSTEAD}")
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        raise NotImplementedError(f"{name} caps its scores (attn_logit_softcapping), which MODA doesn't do")
 
 
 _LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "linear_attention"}

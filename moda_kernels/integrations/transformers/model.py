@@ -75,7 +75,7 @@ def enable(
     Raises:
         ImportError: no transformers, or one older than 5.0.
         NotImplementedError: a model that isn't known to stay as it is, by name and with the line of `families.py` to
-            add; capped scores.
+            add.
         TypeError, ValueError: not such a model, enabled already, unknown layers, a mask for another M, options other
             than those that its aligners were saved with, or no saved parameters found.
     """
