@@ -34,8 +34,10 @@ class DecodeConfig(Launch):
 
 # Attention. 16 bits: what keeps accumulators in registers decides. sm_90: a side that stays in place needs 128 rows for
 # 8 warps, or products are computed twice; a loop whose first loads wait for a list entry uses a stage for it. sm_80 has
-# no asynchronous products, so scores and weights take registers beside the accumulator. 32 bits: exact products have no
-# tensor cores; small tiles keep operands in registers. Sizes are the larger of both head sizes, as blocks.
+# no asynchronous products, so scores and weights take registers beside the accumulator. sm_100 reads accumulators out of
+# tensor memory into registers, so parts are 16 keys where 32 spill: at 64 beyond 128 registers, which let two programs
+# share a multiprocessor, at 256 beyond 255. 32 bits: exact products have no tensor cores; small tiles keep operands in
+# registers. Sizes are the larger of both head sizes, as blocks.
 AttentionTable = Mapping[int, Mapping[int, Mapping[int, AttentionConfig]]]
 _A = AttentionConfig
 
@@ -43,7 +45,7 @@ _FORWARD_32 = {64: _A(4, 2, 32, 32), 128: _A(8, 1, 32, 32), 256: _A(8, 1, 16, 16
 FORWARD: AttentionTable = {
     80: {16: {64: _A(8, 3, 128, 64), 128: _A(8, 3, 128, 64), 256: _A(8, 2, 64, 32)}, 32: _FORWARD_32},
     90: {16: {64: _A(8, 3, 128, 128), 128: _A(8, 3, 128, 64), 256: _A(8, 2, 128, 32)}, 32: _FORWARD_32},
-    100: {16: {64: _A(8, 3, 128, 64), 128: _A(8, 3, 128, 64), 256: _A(8, 2, 128, 32)}, 32: _FORWARD_32},
+    100: {16: {64: _A(8, 3, 128, 64, 16), 128: _A(8, 3, 128, 64), 256: _A(8, 2, 128, 32, 16)}, 32: _FORWARD_32},
 }
 
 # With an attn_mask its entries and their addresses take registers too: narrower tiles.
