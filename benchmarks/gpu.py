@@ -142,7 +142,7 @@ def phases(folder: Path, dry: bool, commit: str | None) -> list[list[Step]]:
         ),
     ]
     bench = [*package, "bench", "--out", str(folder / "attention.jsonl")]
-    bench += ["--tiny"] if dry else ["--device", "cuda"]
+    bench += ["--tiny", "--contestants", "moda-cpu,eager-moda,sdpa-bool,sdpa"] if dry else ["--device", "cuda"]
     bench += ["--commit", commit] if commit else []
     # It stops by itself before its time is over, and then has tables and a picture.
     return [[build], checks, [Step("bench", [*bench, "--limit", OWN_LIMIT], math.inf)]]

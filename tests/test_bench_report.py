@@ -140,6 +140,41 @@ def test_pictures_are_of_the_records_given(measured: list[Record], tmp_path: Pat
         plots.draw([r for r in measured if "ms" not in r], tmp_path / "empty.png")
 
 
+def test_a_contestant_looks_the_same_in_every_picture_and_like_no_other() -> None:
+    looks = [plots.look(name) for name in PEERS]
+    assert len(set(looks)) == len(PEERS) and looks == [plots.look(name) for name in PEERS]
+
+
+def test_one_length_shows_the_parts_around_attention_in_place_of_a_line_of_one_point(
+    measured: list[Record], tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    one = [r for r in measured if r["workload"]["length"] == 96]
+    parts = [
+        one[0] | {"pass": name, "contestant": "moda", "ms": {"median": time}, "useful_gflops": None}
+        for name, time in (("block mask, ours", 1.0), ("block mask, create_block_mask", 300.0))
+    ]
+    without, path = tmp_path / "without.png", tmp_path / "with.png"
+    bars = plots.draw(one, without)
+    assert plots.draw(one + parts, path) == bars + 2
+
+    def height(png: Path) -> int:
+        return int.from_bytes(png.read_bytes()[20:24], "big")
+
+    panels = len({r["pass"] for r in one if r.get("useful_gflops") and r["pass"] in plots.PASSES})
+    assert height(path) == height(without) * (panels + 1) // panels
+
+
+def test_a_peak_that_was_passed_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = iter([{"gemm_tflops": 1.0, "copy_gb_per_s": 8.0}, {"gemm_tflops": 3.0, "copy_gb_per_s": 5.0}])
+    monkeypatch.setattr(clock, "_peaks", lambda *_: next(found))
+    monkeypatch.setattr(clock, "_PEAKS", {})
+    assert clock.peaks("cpu", torch.float32) == {"gemm_tflops": 1.0, "copy_gb_per_s": 8.0}
+    assert clock.peaks("cpu", torch.float32, {"gemm_tflops": 0.9}) == {"gemm_tflops": 1.0, "copy_gb_per_s": 8.0}
+    assert clock.peaks("cpu", torch.float32, {"gemm_tflops": 1.2}) == {"gemm_tflops": 3.0, "copy_gb_per_s": 8.0}
+    assert clock.peaks("cpu", torch.float32)["gemm_tflops"] == 3.0
+
+
 def test_without_matplotlib_there_is_no_picture_but_a_reason(
     measured: list[Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

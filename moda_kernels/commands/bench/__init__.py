@@ -9,6 +9,7 @@ sequences, `cases.py` the inputs, `peers/` one adapter per contestant, `plans.py
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,31 +26,46 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 SECONDS = {"quick": 1.0, "cpu": 4.0, "gpu": 2.0}
 
 
+#: For people who run it; the module's docstring is for those who read it.
+HELP = """\
+Times this package beside what you may use today, on this machine: PyTorch's scaled_dot_product_attention (SDPA) in each
+of its forms, FlexAttention, FlashAttention where it is installed, and MODA written out in PyTorch. Everybody is checked
+against float64 first; who is wrong or can't run here is left out, with the reason. Without options it takes about
+eleven minutes on a CPU and five on a GPU; --quick a minute. Prints tables, writes a result file and a picture."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `bench`."""
-    lists = "comma-separated; giving one makes every combination in place of the plan"
-    parser.add_argument("--quick", action="store_true", help="a minute: short sequences, nothing that compiles")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.add_argument("--layouts", type=_names("layout", list(LAYOUTS)), help=lists)
-    parser.add_argument("--lengths", type=_numbers, help="likewise")
-    parser.add_argument("--dtypes", type=_names("dtype", list(DTYPES)), help="likewise")
-    parser.add_argument("--modes", type=_names("mode", list(MODES)), help=f"likewise: {', '.join(MODES)}")
-    parser.add_argument("--contestants", type=_names("contestant", list(PEERS)), help="comma-separated; default: all")
-    parser.add_argument("--heads", type=_numbers, metavar="Hq,Hkv", help="default: 8,2; on CUDA 32,8")
-    parser.add_argument("--head-dim", type=int, help="default: 64; on CUDA 128")
-    parser.add_argument("--rounds", type=int, default=30, help="samples of a contestant at most (default: 30)")
-    parser.add_argument("--seconds", type=float, help="of timing per case (default: 1 to 4, by plan)")
-    parser.add_argument("--limit", type=float, default=float("inf"), help="begin no case after so many seconds")
-    parser.add_argument("--threads", type=int, help="of torch; default: torch's own")
-    parser.add_argument("--seed", type=int, default=0, help="of layouts, inputs and order (default: 0)")
-    parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
-    parser.add_argument("--no-pieces", action="store_true", help="leave segmentation, tiles and alignment out")
-    parser.add_argument("--tiny", action="store_true", help="64 tokens on the CPU: does it run?")
-    parser.add_argument("--commit", help="of the code, where its folder has no git")
-    parser.add_argument("--out", type=Path, default=Path("moda-bench.jsonl"), help="result file (default: %(default)s)")
-    parser.add_argument("--plot", type=Path, help="picture (default: the result file's name with .png)")
-    parser.add_argument("--compare", type=Path, metavar="OLD", help="an older result file to set beside this run")
-    parser.add_argument("--read", type=Path, metavar="FILE", help="run nothing: tables and picture of a result file")
+    parser.description, parser.formatter_class = HELP, argparse.RawDescriptionHelpFormatter
+    parser.epilog = "\n".join(
+        textwrap.fill(f"{what}: {', '.join(names)}", 110, subsequent_indent="  ", break_on_hyphens=False)
+        for what, names in (("layouts", LAYOUTS), ("contestants", PEERS))
+    )
+    what = parser.add_argument_group("what is run", "Lists are comma-separated, and every combination is run.")
+    what.add_argument("--quick", action="store_true", help="a minute: short sequences, nothing that compiles")
+    what.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    what.add_argument("--layouts", type=_names("layout", list(LAYOUTS)), help="sequences by name, listed below")
+    what.add_argument("--lengths", type=_numbers, help="tokens, for example 1024,8192")
+    what.add_argument("--dtypes", type=_names("dtype", list(DTYPES)), help=", ".join(DTYPES))
+    what.add_argument("--modes", type=_names("mode", list(MODES)), help=", ".join(MODES))
+    what.add_argument("--contestants", type=_names("contestant", list(PEERS)), help="by name, listed below")
+    what.add_argument("--heads", type=_numbers, metavar="Hq,Hkv", help="of queries and keys; 8,2, on CUDA 32,8")
+    what.add_argument("--head-dim", type=int, help="default: 64; on CUDA 128")
+    what.add_argument("--seed", type=int, default=0, help="of layouts, inputs and order (default: 0)")
+    what.add_argument("--no-memory", action="store_true", help="leave peak memory out")
+    what.add_argument("--no-pieces", action="store_true", help="leave segmentation, tiles and alignment out")
+    what.add_argument("--tiny", action="store_true", help="64 tokens on the CPU: does it run at all?")
+    how = parser.add_argument_group("how long")
+    how.add_argument("--rounds", type=int, default=30, help="samples of a contestant at most (default: 30)")
+    how.add_argument("--seconds", type=float, help="of timing per case (default: 1 to 4)")
+    how.add_argument("--limit", type=float, default=float("inf"), help="begin no case after so many seconds")
+    how.add_argument("--threads", type=int, help="of torch; default: torch's own")
+    files = parser.add_argument_group("files")
+    files.add_argument("--out", type=Path, default=Path("moda-bench.jsonl"), help="result file (default: %(default)s)")
+    files.add_argument("--plot", type=Path, help="picture (default: the result file's name with .png)")
+    files.add_argument("--compare", type=Path, metavar="OLD", help="an older result file to set beside this run")
+    files.add_argument("--read", type=Path, metavar="FILE", help="run nothing: tables and picture of a result file")
+    files.add_argument("--commit", help="of the code, for the result file, where its folder has no git")
 
 
 def run(arguments: argparse.Namespace) -> int:

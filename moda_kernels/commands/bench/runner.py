@@ -8,7 +8,7 @@ import gc
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -105,7 +105,6 @@ def run_case(
         "query_heads": case.query_heads,
         "key_heads": case.key_heads,
         "head_dim": case.head_dim,
-        "peaks": clock.peaks(case.device, case.dtype),
     }
     admitted: dict[str, Record] = {}
     ready: dict[str, Contestant] = {}
@@ -122,7 +121,7 @@ def run_case(
             admitted[name] |= {"status": "failed", "reason": calls.fault}
             tell(f"  {name} is left out (failed while it was timed): {calls.fault}")
     first = next((name for name in timed if admitted[name]["status"] == "ok"), None)
-    peaks = {
+    peak_memory = {
         peer.name: memory.measure(peer, case)
         for peer in match.peers
         if match.memory and admitted[peer.name]["status"] in ("ok", "control")
@@ -136,6 +135,8 @@ def run_case(
         "load_at_start": load,
         "environment": environment,
     }
+    right = [calls for name, (calls, _) in timed.items() if admitted[name]["status"] == "ok"]
+    common["peaks"] = peaks = clock.peaks(case.device, case.dtype, _reached(case, right))
     records = []
     for measured in case.passes:
         reference = _seconds_of(timed[first][0], measured) if first else []
@@ -143,11 +144,11 @@ def run_case(
             record = common | {"pass": measured} | admitted[peer.name]
             if record["status"] in ("ok", "control"):
                 calls, setups = timed[peer.name]
-                record |= _figures(case, measured, record, _seconds_of(calls, measured), reference)
+                record |= _figures(case, measured, record, _seconds_of(calls, measured), reference, peaks)
                 record["relative_to"] = first if record["status"] == "ok" else None
                 setup = [sample[0] for sample in setups.samples] if setups else []
                 record["setup"] = {"what": peer.prepares, "ms": results.spread(setup)} if setup else None
-                record["memory"] = peaks.get(peer.name)
+                record["memory"] = peak_memory.get(peer.name)
             records.append(record | last)
     return records
 
@@ -159,23 +160,40 @@ def _seconds_of(entry: _Entry, measured: str) -> list[float]:
     return [sum(sample) for sample in entry.samples]
 
 
-def _figures(case: Case, measured: str, record: Record, seconds: list[float], reference: list[float]) -> Record:
+def _figures(
+    case: Case, measured: str, record: Record, seconds: list[float], reference: list[float], peaks: Mapping[str, float]
+) -> Record:
     """What follows from a contestant's times, in one pass. Rates and ratios only where it does what was asked for."""
     ms = results.spread(seconds)
     figures: Record = {"ms": ms, "useful_gflops": None, "share_of_gemm": None, "relative_time": None}
     if record["status"] != "ok":
         return figures
-    peaks = clock.peaks(case.device, case.dtype)
-    gflops = case.useful_flops(measured) / ms["median"] / 1e6
+    rates = _rates(case, measured, ms["median"])
     figures |= {
-        "useful_gflops": gflops,
-        "share_of_gemm": gflops / 1e3 / peaks["gemm_tflops"],
+        "useful_gflops": 1e3 * rates["gemm_tflops"],
+        "share_of_gemm": rates["gemm_tflops"] / peaks["gemm_tflops"],
         "relative_time": ms["median"] / results.spread(reference)["median"],
     }
     if measured == "decode":
-        gb_per_s = case.cache_bytes / ms["median"] / 1e6
-        figures |= {"cache_gb_per_s": gb_per_s, "share_of_copy": gb_per_s / peaks["copy_gb_per_s"]}
+        rate = rates["copy_gb_per_s"]
+        figures |= {"cache_gb_per_s": rate, "share_of_copy": rate / peaks["copy_gb_per_s"]}
     return figures
+
+
+def _rates(case: Case, measured: str, ms: float) -> dict[str, float]:
+    """What a pass comes to, under the names of the peaks that it is held against."""
+    rates = {"gemm_tflops": case.useful_flops(measured) / ms / 1e9}
+    return rates | ({"copy_gb_per_s": case.cache_bytes / ms / 1e6} if measured == "decode" else {})
+
+
+def _reached(case: Case, entries: Sequence[_Entry]) -> dict[str, float]:
+    """The best of those rates over the contestants and passes of a case."""
+    rates = [
+        _rates(case, measured, results.spread(_seconds_of(entry, measured))["median"])
+        for entry in entries
+        for measured in case.passes
+    ]
+    return {name: max(r.get(name, 0.0) for r in rates) for name in {name for r in rates for name in r}}
 
 
 def _admit(peer: Peer, case: Case) -> tuple[Record, Contestant | None]:

@@ -8,7 +8,9 @@ from moda_kernels.commands.bench.results import Record
 #: Printed once, below the tables.
 LEGEND = """\
 x time: median time divided by that of the first contestant of the table. GFLOP/s: useful ones, visible pairs only;
-% GEMM: of the rate of a large matrix product in this dtype, measured in this run. setup: layout, plan or mask, made
+% GEMM: of the rate of a large matrix product in this dtype, measured in this run; % copy: of a large copy's bandwidth.
+Above 100, the peak was measured a second time and is still lower: the machine is busy with other things, or a cache
+holds what the copy does not. setup: layout, plan or mask, made
 once for all layers, not part of ms. peak: memory of setup and call above the inputs. A control computes something
 else: it is not checked, and has no ratio. All others were checked against float64 first: every query row up to 1,024
 tokens, of longer sequences rows at segment boundaries and rows anywhere, with the gradients that they cause."""
