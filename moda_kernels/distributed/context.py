@@ -354,7 +354,9 @@ class ContextParallel:
             out = outs[0] if len(outs) == 1 else torch.cat(outs, dim)
             at = 1 if self.layout.packed else 2
             lse = lses[0] if len(lses) == 1 else torch.cat(lses, at)
-        used: list[object] = [query, held_key, held_value, attn_mask, pair_bias, *(branch_weights or ())]
+        used: list[object] = [query, attn_mask, pair_bias, *(branch_weights or ())]
+        # What is held is used by every call, and may be large: zeros of it only where there is none.
+        used += [] if outs else [held_key, held_value]
         used += [] if pseudo is None else [pseudo.base, pseudo.decay]
         out = collectives.attached(out, *used)
         return (out, collectives.attached(lse, *used)) if return_lse else out
