@@ -28,7 +28,7 @@ PRELOADED = [
     "transformers.models.qwen2_vl.modeling_qwen2_vl",
 ]  # fmt: skip
 #: Seconds; a job that takes longer has lost a rank.
-PATIENCE = 60
+PATIENCE = 400
 
 
 def _serve(rank: int, size: int, file: str, timeout: float, pipe: Connection) -> None:
@@ -53,7 +53,7 @@ def _serve(rank: int, size: int, file: str, timeout: float, pipe: Connection) ->
 class Ranks:
     """`size` processes; to be closed."""
 
-    def __init__(self, size: int, timeout: float = 10) -> None:
+    def __init__(self, size: int, timeout: float = 120) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         self._folder = tempfile.TemporaryDirectory()

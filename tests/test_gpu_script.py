@@ -100,7 +100,7 @@ def test_microbenchmarks_are_collected_only_when_asked_for() -> None:
     # In a worker of pytest-xdist the plugin would switch itself off.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(
-        [*command, "-p", "no:cacheprovider"], cwd=ROOT, capture_output=True, text=True, timeout=200,
+        [*command, "-p", "no:cacheprovider"], cwd=ROOT, capture_output=True, text=True, timeout=900,
         stdin=subprocess.DEVNULL, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -35,7 +35,7 @@ def run(*command: str | Path, cwd: Path, **env: str) -> subprocess.CompletedProc
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
+        timeout=900,
     )
 
 
