@@ -34,7 +34,7 @@ class DecodeConfig(Launch):
 
 # Attention. 16 bits: what keeps accumulators in registers decides. sm_90: a side that stays in place needs 128 rows for
 # 8 warps, or products are computed twice; a loop whose first loads wait for a list entry uses a stage for it. sm_80 has
-# no asynchronous products, so scores and weights take registers beside the accumulator. sm_100 reads accumulators out of
+# no asynchronous products, so scores and weights take registers beside the accumulator. sm_100 reads accumulators from
 # tensor memory into registers, so parts are 16 keys where 32 spill: at 64 beyond 128 registers, which let two programs
 # share a multiprocessor, at 256 beyond 255. 32 bits: exact products have no tensor cores; small tiles keep operands in
 # registers. Sizes are the larger of both head sizes, as blocks.
