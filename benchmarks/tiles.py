@@ -126,6 +126,38 @@ def seconds(call: Call, device: str) -> float:
     return time.perf_counter() - start
 
 
+def interleaved(calls: dict[str, Call], runs: int, budget: float, device: str) -> dict[str, list[float]]:
+    """Seconds of each call, in turns after a first one of each: `runs` of them, or what `budget` seconds allow, and 3
+    at least."""
+    first = {}
+    for who, call in calls.items():
+        call()
+        first[who] = seconds(call, device)
+    times: dict[str, list[float]] = {who: [] for who in calls}
+    for _ in range(runs):
+        for who, call in calls.items():
+            if sum(times[who]) + first[who] < budget or len(times[who]) < 3:
+                times[who].append(seconds(call, device))
+    return times
+
+
+def described(
+    benchmark: str, workload: Workload, tiles: list[int], who: str, times: list[float], note: str, environment: Any
+) -> dict[str, Any]:
+    """A line of a result file."""
+    return {
+        "schema": results.SCHEMA,
+        "benchmark": benchmark,
+        "layout": workload.name,
+        "length": workload.length,
+        "tiles": tiles,
+        "contestant": who,
+        "ms": results.spread(times),
+        "note": note,
+        "environment": environment,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -148,29 +180,11 @@ def main() -> None:
             workload = make_workload(name, length, device=options.device)
             calls = contestants(workload, options.device)
             compare(calls, workload)
-            first = {}
-            for who, call in calls.items():
-                call()
-                first[who] = seconds(call, options.device)
-            times: dict[str, list[float]] = {who: [] for who in calls}
-            for _ in range(options.runs):
-                for who, call in calls.items():
-                    if sum(times[who]) + first[who] < options.seconds or len(times[who]) < 3:
-                        times[who].append(seconds(call, options.device))
+            times = interleaved(calls, options.runs, options.seconds, options.device)
             records = []
             for who, call in calls.items():
-                ms = results.spread(times[who])
-                record = {
-                    "schema": results.SCHEMA,
-                    "benchmark": "tiles",
-                    "layout": name,
-                    "length": length,
-                    "tiles": list(TILE),
-                    "contestant": who,
-                    "ms": ms,
-                    "note": options.note,
-                    "environment": environment,
-                }
+                record = described("tiles", workload, list(TILE), who, times[who], options.note, environment)
+                ms = record["ms"]
                 if not who.startswith("create"):
                     record["bytes"] = sum(t.nbytes for t in tensors(call()))
                 records.append(record)
