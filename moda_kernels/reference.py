@@ -19,6 +19,7 @@ from moda_kernels.alignment.memory import DecodeState, LayerState, layer_of
 from moda_kernels.call import AttentionCall
 from moda_kernels.products.twin import compute_dtype
 from moda_kernels.runtime import checks
+from moda_kernels.runtime.lasting import lasting
 from moda_kernels.tokens.layout import ModalityLayout, QueryRows
 from moda_kernels.tokens.mask import ModularMask, Visibility
 from moda_kernels.tokens.segments import as_layout
@@ -38,6 +39,7 @@ __all__ = [
 # Tokens
 
 
+@lasting
 def segment_modalities(
     modality_ids: Tensor,
     *,

@@ -23,7 +23,8 @@ from moda_kernels.distributed.plan import BALANCES, Plan, checked_mask, count, i
 from moda_kernels.distributed.route import Route, route_for
 from moda_kernels.distributed.shards import part_of
 from moda_kernels.runtime import checks, collectives, sharded
-from moda_kernels.tokens.layout import ModalityLayout
+from moda_kernels.runtime.lasting import lasting
+from moda_kernels.tokens.layout import ModalityLayout, remembered
 from moda_kernels.tokens.mask import ModularMask
 from moda_kernels.tokens.pseudo import PseudoAttention
 from moda_kernels.tokens.segments import as_layout
@@ -82,6 +83,7 @@ class ContextParallel:
         check_same("layout, mask and balance", self.layout, (repr(self.mask), balance), self.group)
         self._hold(plan_shards(self.layout, self.mask, self.size, balance))
 
+    @lasting
     def _hold(self, plan: Plan) -> None:
         self.plan = plan
         self._local = part_of(plan.layout, indices(plan.runs[self.rank]), self.layout.device)
@@ -436,7 +438,4 @@ class ContextParallel:
         return self._remember(("plan", mask), lambda: plan_for(self.plan.layout, mask, self.plan.runs))
 
     def _remember(self, name: Any, make: Callable[[], T]) -> T:
-        if name not in self._derived:
-            self._derived[name] = make()
-        made: T = self._derived[name]
-        return made
+        return remembered(self._derived, name, make)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moda_kernels import products
 from moda_kernels.runtime import checks
+from moda_kernels.runtime.lasting import lasting
 from moda_kernels.tokens import drawing
 from moda_kernels.tokens.drawing import Drawing
 
@@ -27,11 +28,12 @@ MAX_STRIPS = 8
 STEPS_EXPECTED = "int32 numbers that never fall along the tokens of one role of a sequence"
 
 
-def _remembered(derived: dict[Any, Any], key: Any, make: Callable[[], T]) -> T:
+def remembered(derived: dict[Any, Any], key: Any, make: Callable[[], T]) -> T:
+    """What `derived` has under `key`, made at the first call; of use to all that come later."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return make()  # tensors made inside a torch.func transform are of no use outside it
     if key not in derived:
-        derived[key] = make()
+        derived[key] = lasting(make)()
     found: T = derived[key]
     return found
 
@@ -90,7 +92,7 @@ class ModalityLayout:
 
     def remember(self, key: Any, make: Callable[[], T]) -> T:
         """What has been derived from this layout under `key`, made at the first call: all layers share a layout."""
-        return _remembered(self.__dict__["_derived"], key, make)
+        return remembered(self.__dict__["_derived"], key, make)
 
     @property
     def packed(self) -> bool:
@@ -151,6 +153,7 @@ class ModalityLayout:
 
         return self.remember(("chosen", modalities), make)
 
+    @lasting
     def to(self, device: torch.device | str) -> "ModalityLayout":
         """This layout with its tensors on another device."""
         moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
@@ -268,7 +271,7 @@ class QueryRows:
 
     def remember(self, key: Any, make: Callable[[], T]) -> T:
         """What has been derived from these rows under `key`, made at the first call."""
-        return _remembered(self.__dict__["_derived"], key, make)
+        return remembered(self.__dict__["_derived"], key, make)
 
     def of(self, per_token: Tensor, missing: int = -1) -> Tensor:
         """A per-token integer property of the keys, taken at the queries: shape ``shape``."""

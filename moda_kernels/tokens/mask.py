@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moda_kernels.runtime import checks
+from moda_kernels.runtime.lasting import lasting
 from moda_kernels.tokens.blocks import block_lists, block_mask, in_columns, readings, sight
 from moda_kernels.tokens.drawing import Drawing
 from moda_kernels.tokens.intervals import Visibility, count_keys, visible_keys
@@ -172,6 +173,7 @@ class ModularMask:
         """|V(i)| per key modality, in time linear in tokens: int32 ``[B, Lq, M]``, packed ``[Tq, M]``."""
         return count_keys(layout, queries, self)
 
+    @lasting
     def to_block_mask(
         self,
         layout: ModalityLayout,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moda_kernels.runtime import checks, native
+from moda_kernels.runtime.lasting import lasting
 from moda_kernels.runtime.operators import operator
 from moda_kernels.tokens.layout import STEPS_EXPECTED, ModalityLayout, abridged, bad_bounds, cu_seqlens_argument
 
@@ -13,6 +14,7 @@ from moda_kernels.tokens.layout import STEPS_EXPECTED, ModalityLayout, abridged,
 MANY_MODALITIES = 256
 
 
+@lasting
 def segment_modalities(
     modality_ids: Tensor,
     *,

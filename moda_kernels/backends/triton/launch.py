@@ -29,6 +29,7 @@ from moda_kernels.backends.triton.kernels.backward_query import (
 from moda_kernels.backends.triton.kernels.forward import ForwardTensors, attention_forward
 from moda_kernels.backends.triton.kernels.primitives import Extras
 from moda_kernels.backends.triton.plan import Facts, Kept, PassNumbers
+from moda_kernels.runtime.lasting import lasting
 from moda_kernels.runtime.launch import Ready, float32_dots, padded
 from moda_kernels.tokens.walks import KeyWalk, QueryWalk
 
@@ -211,13 +212,13 @@ def backward_outputs(
 
 
 @functools.lru_cache(maxsize=256)
+@lasting
 def on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     """A small table, written once; by fills, because a copy to a device would wait."""
-    with torch.inference_mode(False):
-        table = torch.zeros(max(len(numbers), 1), dtype=torch.int32, device=device)
-        for i, number in enumerate(numbers):
-            table[i : i + 1].fill_(number)
-        return table
+    table = torch.zeros(max(len(numbers), 1), dtype=torch.int32, device=device)
+    for i, number in enumerate(numbers):
+        table[i : i + 1].fill_(number)
+    return table
 
 
 def _new(like: Tensor, size: int, several: tuple[int, ...] = ()) -> Tensor:
