@@ -162,17 +162,22 @@ def test_facts_found_in_a_trace_are_those_that_are_read(kind: str, padded: bool)
     assert torch.equal(got, make())
 
 
-def test_decoding_with_a_static_cache() -> None:
-    """The model's own mask: one graph for all steps."""
-    model = vlm.llama()
-    model.set_attn_implementation("moda")
-    ids = torch.randint(20, 90, (2, 16))
-    expected = model(ids, use_cache=False).logits
-    cache = transformers.StaticCache(config=model.config, max_cache_len=20)
+@pytest.mark.parametrize("enabled", [True, False])
+def test_decoding_with_a_static_cache(enabled: bool) -> None:
+    """One graph for the first step and one for all others, beyond `undo` and up to the cache's last column but one."""
+    model, steps = tiny.model("llama", num_hidden_layers=1), range(8, 51)
+    if enabled:
+        vlm.randomised(enable(model))
+    else:
+        model.set_attn_implementation("moda")
+    ids = torch.randint(20, 90, (2, steps.stop))
+    kinds = (torch.arange(steps.start) % 5 < 2).long().expand(2, -1)
+    cache = transformers.StaticCache(config=model.config, max_cache_len=steps.stop + 1)
     whole, counting = compiled(model)
-    with torch.no_grad():
-        model(ids[:, :8], past_key_values=cache)
-        for i in range(8, 16):
+    with torch.no_grad(), modality_ids(kinds, rest=0):
+        expected = model(ids, use_cache=False).logits
+        model(ids[:, : steps.start], past_key_values=cache)
+        for i in steps:
             step = whole(input_ids=ids[:, i : i + 1], past_key_values=cache).logits
             torch.testing.assert_close(step[:, 0], expected[:, i], **CLOSE)
     assert counting.graphs <= 2

@@ -65,7 +65,9 @@ class History:
         self.new_bounds: Tensor | None = None
         self.newest = 0
         self._room = 0  # an upper bound of the segments of each sequence, so that nothing waits for a CUDA device
-        self._layouts: dict[object, ModalityLayout] = {}
+        # (In lists, since a number that is a key is a graph of its own to a compiler.)
+        self._layouts: list[tuple[int, ModalityLayout]] = []
+        self._parts: list[tuple[tuple[int, int], ModalityLayout]] = []
 
     @property
     def length(self) -> int:
@@ -116,7 +118,7 @@ class History:
         self.own_chunks = self.own_chunks or own["chunks"]
         self._room += modality_ids.numel() if new.packed else shape[1]
         self.new_bounds, self.newest = new.cu_seqlens, shape[-1]
-        self._layouts = {}
+        self._layouts, self._parts = [], []
         try:
             return self.layout()  # where steps may turn out to fall
         except ValueError:
@@ -126,18 +128,23 @@ class History:
     def layout(self, columns: int | None = None) -> ModalityLayout:
         told = self._told()
         columns = self.length if columns is None else checks.integer("columns", columns, 0)
-        if columns not in self._layouts:
-            if self.packed and columns != self.length:
-                raise checks.wrong_value("key", f"the {self.length} tokens of the packed documents", f"{columns}")
-            spare = columns - self.length
-            if spare > 0:
-                untold = torch.stack([told.new_full((told.shape[1], spare), value) for value in UNTOLD])
-                told = torch.cat((told, untold), 2)
-            made = self._segmented(told[..., max(-spare, 0) :], self.bounds)
-            if spare < 0:
-                made = dataclasses.replace(made, counts=self.layout().counts)
-            self._layouts[columns] = made
-        return self._layouts[columns]
+        for known, layout in self._layouts:
+            if known == columns:
+                return layout
+        if self.packed and columns != self.length:
+            raise checks.wrong_value("key", f"the {self.length} tokens of the packed documents", f"{columns}")
+        spare = columns - self.length
+        if spare > 0:
+            # (Looked up, since to a compiler a tensor of one column is another graph than one of two.)
+            column = torch.arange(columns, device=told.device)
+            untold = torch.stack([told.new_full((1, 1), value) for value in UNTOLD])
+            longer = torch.nn.functional.pad(told, (0, 1))
+            told = torch.where(column < self.length, longer[..., column.clamp(max=self.length)], untold)
+        made = self._segmented(told[..., max(-spare, 0) :], self.bounds)
+        if spare < 0:
+            made = dataclasses.replace(made, counts=self.layout().counts)
+        self._layouts.append((columns, made))
+        return made
 
     def place(
         self,
@@ -189,7 +196,7 @@ class History:
             self.bounds, self.new_bounds = (bounds_of(n) for n in (lengths, newest))
             self.newest = int(newest.sum())
         self.told = self.told.index_select(1, rows)
-        self._layouts = {}
+        self._layouts, self._parts = [], []
         return Moved(sequences, rows, before)
 
     def crop(self, length: int | Tensor) -> bool:
@@ -216,7 +223,7 @@ class History:
         else:
             self.newest = max(self.newest - (self.length - length), 0)
             self.told = self.told[:, :, :length]
-        self._layouts = {}
+        self._layouts, self._parts = [], []
         return True
 
     # What layers ask
@@ -236,16 +243,17 @@ class History:
         its edges do no harm: sums per modality don't know of segments."""
         if (begin, end) == (0, self.length):
             return self.layout()
-        told, key = self._told(), (begin, end)
-        if key not in self._layouts:
-            if self.bounds is not None:
-                assert self.new_bounds is not None
-                self._layouts[key] = self._segmented(
-                    told[:, merged(self.new_bounds, self.newest, self.bounds, 1)], self.new_bounds
-                )
-            else:
-                self._layouts[key] = self._segmented(told[:, :, begin:end], None)
-        return self._layouts[key]
+        for known, layout in self._parts:
+            if known == (begin, end):
+                return layout
+        told = self._told()
+        if self.bounds is not None:
+            assert self.new_bounds is not None
+            made = self._segmented(told[:, merged(self.new_bounds, self.newest, self.bounds, 1)], self.new_bounds)
+        else:
+            made = self._segmented(told[:, :, begin:end], None)
+        self._parts.append(((begin, end), made))
+        return made
 
     def of_part(self, x: Tensor, begin: int, end: int) -> Tensor:
         """What stands for each token, ``[tokens]``, of the tokens of a part."""

@@ -146,7 +146,9 @@ class LayerState:
         if self.history.packed:
             self.gram = plus(self.gram, group, begin, end)
         elif self.gram is not None and end - begin == 1:
-            if not self._before or begin - self._before[-1][0] >= undo:
+            # (No copies in a compiled step, which would be another graph each: `crop` can do without.)
+            copies = not torch.compiler.is_compiling()
+            if copies and (not self._before or begin - self._before[-1][0] >= undo):
                 self._before.append((begin, self.gram))
             self.gram = plus(self.gram, group, begin, end)
         else:
