@@ -29,14 +29,16 @@ PRELOADED = [
 ]  # fmt: skip
 #: Seconds; a job that takes longer has lost a rank.
 PATIENCE = 400
+#: Seconds that a rank waits for another.
+TIMEOUT = 120
 
 
-def _serve(rank: int, size: int, file: str, timeout: float, pipe: Connection) -> None:
+def _serve(rank: int, size: int, file: str, pipe: Connection) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     store = dist.FileStore(file, size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT))
     while True:
         try:
             job = pipe.recv()
@@ -53,7 +55,7 @@ def _serve(rank: int, size: int, file: str, timeout: float, pipe: Connection) ->
 class Ranks:
     """`size` processes; to be closed."""
 
-    def __init__(self, size: int, timeout: float = 120) -> None:
+    def __init__(self, size: int) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         self._folder = tempfile.TemporaryDirectory()
@@ -66,7 +68,7 @@ class Ranks:
         try:
             for rank in range(size):
                 ours, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(rank, size, file, timeout, theirs), daemon=True)
+                process = context.Process(target=_serve, args=(rank, size, file, theirs), daemon=True)
                 process.start()
                 theirs.close()
                 self._pipes.append(ours)

@@ -4,6 +4,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -340,10 +341,12 @@ def test_unshard(four: Ranks) -> None:
 
 def job_gone(how: str) -> float:
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _set_pg_timeout
 
     layout = mk.segment_modalities(IDS)
     cp = md.ContextParallel(world(), layout)
     x = cp.shard(heads(11), 2)
+    _set_pg_timeout(timedelta(seconds=3))  # not before: processes may take longer to find each other
     if dist.get_rank() == 1 and how == "dies":
         os._exit(1)
     if dist.get_rank() == 1:
@@ -359,7 +362,7 @@ def job_gone(how: str) -> float:
 
 @pytest.mark.parametrize("how", ["dies", "raises"])
 def test_a_process_that_is_gone_is_an_error_everywhere(how: str) -> None:
-    ranks = Ranks(2, timeout=3)
+    ranks = Ranks(2)
     try:
         (good, message), (_, (kind, _, _)) = ranks.answers(job_gone, how)
         assert good, message
