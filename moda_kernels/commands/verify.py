@@ -145,7 +145,8 @@ def _problem(arguments: argparse.Namespace) -> str | None:
     ):
         unknown = [name for name in given or () if name not in known]
         if unknown:
-            return f"{option}: expected names of {', '.join(known)}; got {', '.join(unknown)}"
+            between = "; " if known is FEATURES else ", "  # as they are given: features have commas in their names
+            return f"{option}: expected names of {between.join(known)}, got {between.join(unknown)}"
     if arguments.device == "cuda" and not torch.cuda.is_available():
         return "--device cuda: torch finds no CUDA device (see python -m moda_kernels doctor)"
     return None
