@@ -33,7 +33,7 @@ def unchecked_integers() -> Iterator[None]:
     from triton.runtime import interpreter
 
     builder: Any = getattr(interpreter, "interpreter_builder", None)
-    options = getattr(builder, "options", None)
+    options: Any = getattr(builder, "options", None)
     if not hasattr(options, "sanitize_overflow"):
         yield
         return
