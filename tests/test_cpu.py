@@ -265,7 +265,7 @@ def test_memory_is_linear_in_length(kind: str) -> None:
 
 def test_plans_are_made_once_per_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    monkeypatch.setattr("moda_kernels.backends.cpu.make_jobs", lambda *a: made.append(a) or make_jobs(*a))
+    monkeypatch.setattr("moda_kernels.backends.cpu.operators.make_jobs", lambda *a: made.append(a) or make_jobs(*a))
     layout = three_images(256, (64,))
     q = torch.randn(1, 2, 256, 8)
     for _ in range(3):

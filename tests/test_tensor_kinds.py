@@ -191,14 +191,15 @@ def test_traced_calls_are_refused() -> None:
     assert torch.equal(torch.jit.trace(lambda x: mk.moda_attention(x, x, x), (q,))(q), mk.moda_attention(q, q, q))
 
 
-def test_what_stands_for_plain_tensors_is_taken() -> None:
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_what_stands_for_plain_tensors_is_taken(backend: str) -> None:
     """Parameters, and what torch's own transformations and tracers put in a tensor's place."""
     from torch._subclasses import FakeTensorMode
 
     q = torch.randn(2, 2, L, 8)
 
     def call(x: Tensor) -> Tensor:
-        return mk.moda_attention(x, x, x, layout=LAYOUT, is_causal=True, backend="reference")
+        return mk.moda_attention(x, x, x, layout=LAYOUT, is_causal=True, backend=backend)
 
     expected = call(q)
     torch.testing.assert_close(call(torch.nn.Parameter(q)), expected)

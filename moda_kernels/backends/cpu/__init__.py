@@ -1,8 +1,9 @@
 """The CPU backend: a mask made of intervals is a set of rectangles, and ATen's flash kernel runs each of them.
 
-`plan.py` finds the rectangles, `rectangles.py` runs them; this file takes a checked call apart. Keys are aligned first
-(written out once per key head); a pair bias becomes a few more columns of query and key, so that it neither cuts
-rectangles nor needs a gradient of its own; pseudo scores join the softmax sum by their log.
+`plan.py` finds the rectangles, `rectangles.py` runs them, `operators.py` shows that to autograd, transforms and
+compilers; this file takes a checked call apart. Keys are aligned first (written out once per key head); a pair bias
+becomes a few more columns of query and key, so that it neither cuts rectangles nor needs a gradient of its own; pseudo
+scores join the softmax sum by their log.
 """
 
 import math
@@ -12,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moda_kernels.alignment.maps import align_keys
-from moda_kernels.backends.cpu.plan import COSTS, NARROW_COSTS, Job, make_jobs
-from moda_kernels.backends.cpu.rectangles import neighbours, rectangle_attention
+from moda_kernels.backends.cpu.operators import Places, apply
+from moda_kernels.backends.cpu.rectangles import neighbours
 from moda_kernels.call import AttentionCall
 from moda_kernels.products.twin import compute_dtype
+from moda_kernels.runtime.operators import are_plain
 from moda_kernels.tokens.intervals import mask_intervals, passes_of
 
 _OPERATORS = (
@@ -55,24 +57,31 @@ class CpuBackend:
         with torch.autocast("cpu", enabled=False):
             return self._attend(call)
 
-    def jobs(self, call: AttentionCall) -> list[list[Job]]:
-        """The rectangles of each softmax of a call; made once per layout, shared by all layers."""
-        layout, rows = call.layout, call.queries
-        key = ("jobs", call.mask, call.split, call.query.dtype.itemsize == 2)
+    def places(self, call: AttentionCall, known: bool = True) -> list[Places]:
+        """Where the rectangles of each softmax of a call lie; made once per layout, shared by all layers.
 
-        def make() -> list[list[Job]]:
+        Args:
+            known: with the rectangles, for which numbers are looked at.
+        """
+        layout, rows, dtype = call.layout, call.queries, call.query.dtype
+
+        def make() -> list[Places]:
             intervals = mask_intervals(layout, rows, call.mask, call.split)
             made = passes_of(layout, call.mask, call.split)
-            costs = NARROW_COSTS if call.query.dtype.itemsize == 2 else COSTS
             branches = [(0, made.second), (made.second, len(made.passes))] if call.split else [(0, made.second)]
             bounds = layout.cu_seqlens, rows.cu_seqlens
-            return [make_jobs(intervals, branch, *bounds, layout.packed, costs) for branch in branches]
+            found = [Places(*intervals, *bounds, branch, layout.packed) for branch in branches]
+            return [each._replace(jobs=each.made(dtype)) for each in found] if known else found
 
-        def known() -> list[list[Job]]:
+        if not known:
+            return make()
+        key = ("jobs", call.mask, call.split, dtype.itemsize == 2)
+
+        def remembered() -> list[Places]:
             where = (rows.shape, tuple(rows.first_column.tolist()), tuple(rows.cu_seqlens.tolist()))
             return layout.remember((*key, *where), make)
 
-        return rows.remember(key, known)
+        return rows.remember(key, remembered)
 
     def _attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         layout = call.layout
@@ -88,23 +97,22 @@ class CpuBackend:
         q, k, v = (neighbours(x if x.shape[-1] == dim else F.pad(x, (0, dim - x.shape[-1]))) for x in (q, k, v))
         attn_mask = None if call.attn_mask is None else _additive(call.attn_mask, compute_dtype(q))
 
-        def part(jobs: list[Job], same: bool | None) -> tuple[Tensor, Tensor]:
-            """One softmax over keys of the query's modality (`same`), of the others, or of all (None)."""
-            extra = None if call.pseudo is None else call.log_pseudo(same)
-            out, lse = rectangle_attention(q, k, v, extra, attn_mask, jobs, scale)
+        # One softmax over keys of the query's modality, and one over those of others; or one over all.
+        softmaxes = (True, False) if call.split else (None,)
+        extras = [None if call.pseudo is None else call.log_pseudo(same) for same in softmaxes]
+        places = self.places(call, are_plain(q, k, v, attn_mask, *extras, layout.modality))
+        parts = []
+        for extra, where in zip(extras, places, strict=True):
+            out, lse = apply(q, k, v, extra, attn_mask, where, scale)
             # A slice of everything would cost a copy in the backward.
-            return out if value_dim == dim else out[..., :value_dim], lse
-
-        jobs = self.jobs(call)
-        return call.merged([part(jobs[0], True), part(jobs[1], False)] if call.split else [part(jobs[0], None)])
+            parts.append((out if value_dim == dim else out[..., :value_dim], lse))
+        return call.merged(parts)
 
 
 def _additive(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
     """``[B or 1, Hq or 1, Lq or 1, L or 1]``, added to the scores."""
     if attn_mask.dtype == torch.bool:
-        attn_mask = torch.zeros(attn_mask.shape, dtype=dtype, device=attn_mask.device).masked_fill_(
-            ~attn_mask, -math.inf
-        )
+        attn_mask = torch.zeros_like(attn_mask, dtype=dtype).masked_fill(~attn_mask, -math.inf)
     return attn_mask.to(dtype)[(None,) * (4 - attn_mask.dim())]
 
 
@@ -118,7 +126,8 @@ def _why_not_columns(pair_bias: Tensor, scale: float, dtype: torch.dtype) -> lis
     """Every reason why `_with_bias_columns` can't write a pair bias."""
     if scale == 0:
         return ["pair_bias needs a scale other than 0"]
-    if not bool(torch.isfinite(pair_bias).all()):
+    looked_at = are_plain(pair_bias)  # else what is not finite gives NaN
+    if looked_at and not bool(torch.isfinite(pair_bias).all()):
         return ["pair_bias must be finite"]
     factor = abs(scale) * _column_unit(abs(scale), dtype)
     if not 2**-8 <= factor <= 2**8:
@@ -126,7 +135,7 @@ def _why_not_columns(pair_bias: Tensor, scale: float, dtype: torch.dtype) -> lis
     # Rows hold bias / factor; the kernel adds up bias / scale, and half of its range is left to the query's products.
     wide = torch.promote_types(dtype, torch.float32)
     most = min(torch.finfo(dtype).max * factor, torch.finfo(wide).max * min(abs(scale), 1.0)) / 2
-    if pair_bias.numel() and float(pair_bias.detach().abs().max()) > most:
+    if looked_at and pair_bias.numel() and float(pair_bias.detach().abs().max()) > most:
         return [f"pair_bias in {dtype} with a scale of {scale:.3g} must not be larger than {most:.3g}"]
     return []
 

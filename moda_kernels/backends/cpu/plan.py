@@ -78,8 +78,7 @@ def make_jobs(
         packed: documents, or rows of a batch.
     """
     planner = native if native.runs_on(torch.device("cpu")) else twin
-    cu_seqlens, cu_seqlens_q = _plain(cu_seqlens), _plain(cu_seqlens_q)
-    where = (*map(_plain, intervals), cu_seqlens, cu_seqlens_q, passes)
+    where = (*intervals, cu_seqlens, cu_seqlens_q, passes)
     calls, indices = planner.plan_attention(*where, costs)
     rows = calls.tolist()
     masked = [call for call in rows if call[3] == MASKED]
@@ -124,14 +123,6 @@ def make_jobs(
         else:
             regions[-1] = Region(regions[-1].rows, (*regions[-1].blocks, block))
     return jobs
-
-
-def _plain(x: Tensor) -> Tensor:
-    """Integers made inside a torch.func transform, as a tensor of their own."""
-    functorch = torch._C._functorch
-    while functorch.is_gradtrackingtensor(x):
-        x = functorch.get_unwrapped(x)
-    return x
 
 
 def _span(begin: int, count: int, start: int, offset: int, indices: Tensor) -> Span:

@@ -4,7 +4,6 @@ The gradient over a rectangle needs only the final output and lse of its rows (s
 backward is one ATen call per rectangle too, and nothing of size rows × keys is kept.
 """
 
-import inspect
 import math
 from typing import Any
 
@@ -33,8 +32,16 @@ def neighbours(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-class RectangleAttention(torch.autograd.Function):
-    """out ``[B, Hq, Lq, D]`` and lse ``[B, Hq, Lq]`` of the rectangles of some jobs.
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    extra: Tensor | None,
+    attn_mask: Tensor | None,
+    jobs: list[Job],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """out ``[B, Hq, Lq, D]`` (`rows_first`) and lse ``[B, Hq, Lq]`` of the rectangles of some jobs.
 
     Args:
         query: ``[B, Hq, Lq, D]``, key and value ``[B, Hkv, L, D]``, one dtype, value size = key size; `neighbours`.
@@ -42,171 +49,118 @@ class RectangleAttention(torch.autograd.Function):
         attn_mask: additive, ``[B or 1, Hq or 1, Lq or 1, L or 1]`` in lse's dtype, without gradient; or None.
         jobs: the rectangles; rows in none of them get output 0. scale: τ⁻¹.
     """
-
-    @staticmethod
-    def forward(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        extra: Tensor | None,
-        attn_mask: Tensor | None,
-        jobs: list[Job],
-        scale: float,
-    ) -> tuple[Tensor, Tensor]:
-        wide = compute_dtype(query)
-        if extra is None and attn_mask is None and _is_one_call(jobs, query):
-            (block,) = jobs[0].regions[0].blocks
-            k, v = key, value
-            if not _takes_all_keys(jobs, key):
-                k, v = (_take(t, block.keys) for t in (key, value))
-            mask, _ = _additive(block, None, query.dtype)
-            whole, sums = _forward(query, k, v, 0.0, block.causal, attn_mask=mask, scale=scale)
-            return whole, sums.contiguous()
-        out = torch.zeros_like(query, memory_format=torch.contiguous_format)
-        lse = (
-            torch.full(query.shape[:3], -math.inf, dtype=wide, device=query.device) if extra is None else extra.clone()
-        )
-        for job in jobs:
-            q, o, s = (_rows(t, job) for t in (query, out, lse))
-            k, v = (_keys(t, job) for t in (key, value))
-            given = _job_mask(attn_mask, job)
-            for region in job.regions:
-                q_rows = _take(q, region.rows)
-                parts = []
-                for block in region.blocks:
-                    mask, hidden = _additive(block, given, query.dtype)
-                    part_out, part_lse = _forward(
-                        q_rows,
-                        _take(k, block.keys),
-                        _take(v, block.keys),
-                        0.0,
-                        block.causal and mask is None,
-                        attn_mask=mask,
-                        scale=scale,
-                    )
-                    # A row without a visible key comes with lse 0.
-                    parts.append((part_out, part_lse if hidden is None else part_lse.masked_fill(hidden, -math.inf)))
-                _merge_into(o, s, region.rows, parts, extra is not None)
-        return out, lse
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        query, key, value, extra, attn_mask, jobs, scale = inputs
-        ctx.save_for_backward(query, key, value, extra, attn_mask, *output)
-        ctx.jobs, ctx.scale = jobs, scale
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        query, key, value, extra, attn_mask, out, lse = ctx.saved_tensors
-        dout = torch.zeros_like(out) if dout is None else dout
-        arguments = (query, key, value, extra, attn_mask, out, lse, dout, dlse, ctx.jobs, ctx.scale)
-        run = _RectangleGradient.apply if needs_graph(*arguments[:9]) else _RectangleGradient.forward
-        *grads, dextra = run(*arguments)
-        return *grads, None if extra is None else dextra, None, None, None
+    if extra is None and attn_mask is None and _is_one_call(jobs, query):
+        (block,) = jobs[0].regions[0].blocks
+        k, v = key, value
+        if not _takes_all_keys(jobs, key):
+            k, v = (_take(t, block.keys) for t in (key, value))
+        mask, _ = _additive(block, None, query.dtype)
+        whole, sums = _forward(query, k, v, 0.0, block.causal, attn_mask=mask, scale=scale)
+        return whole, sums.contiguous()
+    out = rows_first(query, query.dtype).zero_()
+    if extra is None:
+        lse = torch.full(query.shape[:3], -math.inf, dtype=compute_dtype(query), device=query.device)
+    else:
+        lse = extra.clone(memory_format=torch.contiguous_format)
+    for job in jobs:
+        q, o, s = (_rows(t, job) for t in (query, out, lse))
+        k, v = (_keys(t, job) for t in (key, value))
+        given = _job_mask(attn_mask, job)
+        for region in job.regions:
+            q_rows = _take(q, region.rows)
+            parts = []
+            for block in region.blocks:
+                mask, hidden = _additive(block, given, query.dtype)
+                part_out, part_lse = _forward(
+                    q_rows,
+                    _take(k, block.keys),
+                    _take(v, block.keys),
+                    0.0,
+                    block.causal and mask is None,
+                    attn_mask=mask,
+                    scale=scale,
+                )
+                # A row without a visible key comes with lse 0.
+                parts.append((part_out, part_lse if hidden is None else part_lse.masked_fill(hidden, -math.inf)))
+            _merge_into(o, s, region.rows, parts, extra is not None)
+    return out, lse
 
 
-def rectangle_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """`RectangleAttention`, without what a graph costs where there will be none. Arguments as its forward's."""
-    tensors = arguments[:5]
-    if needs_graph(*tensors):
-        result: tuple[Tensor, Tensor] = RectangleAttention.apply(*arguments)
-        return result
-    return RectangleAttention.forward(*arguments)
-
-
-def needs_graph(*tensors: Tensor | None) -> bool:
-    """Whether autograd or a torch.func transform may ask for gradients of what is made from these."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-class _RectangleGradient(torch.autograd.Function):
-    """The backward of `RectangleAttention`; a function of its own so that a second backward is refused, not wrong."""
-
-    @staticmethod
-    def forward(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        extra: Tensor | None,
-        attn_mask: Tensor | None,
-        out: Tensor,
-        lse: Tensor,
-        dout: Tensor,
-        dlse: Tensor | None,
-        jobs: list[Job],
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        wide = lse.dtype
-        dextra = lse.new_zeros(())
-        if extra is not None:
-            # d extra = (P / Z) (dlse - rowsum(out · dout))
-            change = -(out.to(wide) * dout.to(wide)).sum(-1)
-            change = change if dlse is None else change + dlse
-            dextra = torch.exp(extra - torch.where(torch.isneginf(lse), 0, lse)) * change
-        dim, dout = query.shape[-1], neighbours(dout)
+def gradients(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    extra: Tensor | None,
+    attn_mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    jobs: list[Job],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Those of query, key, value (`rows_first`) and extra (without one, of no meaning), given those of the results of
+    `attend` (dlse: None for 0)."""
+    wide = lse.dtype
+    dextra = lse.new_zeros(())
+    if extra is not None:
+        # d extra = (P / Z) (dlse - rowsum(out · dout))
+        change = -(out.to(wide) * dout.to(wide)).sum(-1)
+        change = change if dlse is None else change + dlse
+        dextra = torch.exp(extra - torch.where(torch.isneginf(lse), 0, lse)) * change
+    dim, dout = query.shape[-1], neighbours(dout)
+    if dlse is not None:
+        # ATen takes delta = rowsum(out · dout); a gradient of lse is to be taken off it. One more value column
+        # that is 0 in every key, -dlse in out and 1 in dout does that.
+        query, key, value = (F.pad(t, (0, 1)) for t in (query, key, value))
+        out = torch.cat((out, -dlse[..., None].to(out.dtype)), -1)
+        dout = torch.cat((dout, torch.ones_like(dout[..., :1])), -1)
+    if attn_mask is None and _is_one_call(jobs, query) and _takes_all_keys(jobs, key):  # all see something
+        mask, _ = _additive(jobs[0].regions[0].blocks[0], None, query.dtype)
+        causal = jobs[0].regions[0].blocks[0].causal
+        grads = _backward(dout, query, key, value, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
         if dlse is not None:
-            # ATen takes delta = rowsum(out · dout); a gradient of lse is to be taken off it. One more value column
-            # that is 0 in every key, -dlse in out and 1 in dout does that.
-            query, key, value = (F.pad(t, (0, 1)) for t in (query, key, value))
-            out = torch.cat((out, -dlse[..., None].to(out.dtype)), -1)
-            dout = torch.cat((dout, torch.ones_like(dout[..., :1])), -1)
-        if attn_mask is None and _is_one_call(jobs, query) and _takes_all_keys(jobs, key):  # all see something
-            mask, _ = _additive(jobs[0].regions[0].blocks[0], None, query.dtype)
-            causal = jobs[0].regions[0].blocks[0].causal
-            grads = _backward(dout, query, key, value, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
-            if dlse is not None:
-                grads = grads[0][..., :dim], grads[1][..., :dim], grads[2][..., :dim]
-            return *grads, dextra
-        # exp(score - lse) is then 0 in rows that see nothing.
-        lse = torch.where(torch.isneginf(lse), math.inf, lse)
-        dquery = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
-        dkey, dvalue = (torch.zeros(t.shape, dtype=wide, device=t.device) for t in (key, value))
-        for job in jobs:
-            of_rows = [_rows(t, job) for t in (query, out, dout, lse, dquery)]
-            k, v, dk, dv = (_keys(t, job) for t in (key, value, dkey, dvalue))
-            given = _job_mask(attn_mask, job)
-            for region in job.regions:
-                q, o, do, s = (_take(t, region.rows) for t in of_rows[:4])
-                total = None
-                for block in region.blocks:
-                    mask, _ = _additive(block, given, query.dtype)
-                    grads = _backward(
-                        do,
-                        q,
-                        _take(k, block.keys),
-                        _take(v, block.keys),
-                        o,
-                        s,
-                        0.0,
-                        block.causal and mask is None,
-                        attn_mask=mask,
-                        scale=scale,
-                    )
-                    total = grads[0] if total is None else total.to(wide) + grads[0]
-                    _add(dk, block.keys, grads[1])
-                    _add(dv, block.keys, grads[2])
-                assert total is not None
-                _put(of_rows[4], region.rows, total)
-        narrow = [t[..., :dim].to(query.dtype) for t in (dquery, dkey, dvalue)]
-        return narrow[0], narrow[1], narrow[2], dextra
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        raise NotImplementedError(
-            "double backward through moda_attention on the cpu backend: use backend='reference' for second derivatives"
-        )
+            grads = grads[0][..., :dim], grads[1][..., :dim], grads[2][..., :dim]
+        return *grads, dextra
+    # exp(score - lse) is then 0 in rows that see nothing.
+    lse = torch.where(torch.isneginf(lse), math.inf, lse)
+    dquery = rows_first(query, query.dtype).zero_()
+    dkey, dvalue = (rows_first(t, wide).zero_() for t in (key, value))
+    for job in jobs:
+        of_rows = [_rows(t, job) for t in (query, out, dout, lse, dquery)]
+        k, v, dk, dv = (_keys(t, job) for t in (key, value, dkey, dvalue))
+        given = _job_mask(attn_mask, job)
+        for region in job.regions:
+            q, o, do, s = (_take(t, region.rows) for t in of_rows[:4])
+            total = None
+            for block in region.blocks:
+                mask, _ = _additive(block, given, query.dtype)
+                grads = _backward(
+                    do,
+                    q,
+                    _take(k, block.keys),
+                    _take(v, block.keys),
+                    o,
+                    s,
+                    0.0,
+                    block.causal and mask is None,
+                    attn_mask=mask,
+                    scale=scale,
+                )
+                total = grads[0] if total is None else total.to(wide) + grads[0]
+                _add(dk, block.keys, grads[1])
+                _add(dv, block.keys, grads[2])
+            assert total is not None
+            _put(of_rows[4], region.rows, total)
+    narrow = [t[..., :dim].to(query.dtype) for t in (dquery, dkey, dvalue)]
+    return narrow[0], narrow[1], narrow[2], dextra
 
 
-# Else found out anew at each `apply`, in more time than a small call takes.
-for _forward_of in (RectangleAttention.forward, _RectangleGradient.forward):
-    vars(_forward_of)["__signature__"] = inspect.signature(_forward_of)
+def rows_first(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """An empty tensor ``[B, H, L, D]`` like x in which the heads of a token lie side by side, as ATen's results have
+    it, and models want it."""
+    batch, heads, length, dim = x.shape
+    return x.new_empty(batch, length, heads, dim, dtype=dtype).transpose(1, 2)
 
 
 def _is_one_call(jobs: list[Job], query: Tensor) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 from moda_kernels.backends.triton.plan import AttentionPlan, DecodePlan, Facts, PassNumbers
 from moda_kernels.products.operators import segment_gram, segment_project
 from moda_kernels.products.twin import Grouping
-from moda_kernels.runtime.operators import operator, register_vmap, runs_at_once
+from moda_kernels.runtime.operators import each_once, once, operator, plain_apply, register_vmap, runs_at_once
 from moda_kernels.tokens.walks import KeyWalk, QueryWalk
 
 
@@ -219,9 +219,7 @@ class ModaAttention(torch.autograd.Function):
                 dweights = per_head[..., 0].T.contiguous()
         grads: tuple[Tensor | None, ...] = (dq, dk, dv, dmatrix, dbias, dbase, ddecay, dweights)
         if torch.is_grad_enabled():
-            of = [t for t in (dout, dlse, query, key, value, matrix, bias, base, decay, weights) if t is not None]
-            witness = torch.cat([t.reshape(-1)[:0].float() for t in of])
-            grads = tuple(None if g is None else _Once.apply(g, witness) for g in grads)
+            grads = once(_SECOND, grads, (dout, dlse, query, key, value, matrix, bias, base, decay, weights))
         return *grads, None, None
 
     @staticmethod
@@ -237,9 +235,9 @@ def apply(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     if runs_at_once(*given[:-1]):
         if not differentiable:
             return ModaAttention.forward(*given)
-        # All that `Function.apply` does outside of transforms, but that it binds arguments to names, which takes longer
-        # than all else here.
-        function = super(torch.autograd.Function, ModaAttention)
+        function = plain_apply(ModaAttention)
+    else:
+        given = [*each_once(*given[:-1]), given[-1]]
     out: tuple[Tensor, Tensor, Tensor] = function.apply(*given)
     return out
 
@@ -257,24 +255,7 @@ def decode(*arguments: Any) -> tuple[Tensor, Tensor]:
     return out
 
 
-class _Once(torch.autograd.Function):
-    """A gradient as it is, which has none itself. witness: an empty tensor with the graph of all that it depends on."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(grad: Tensor, witness: Tensor) -> Tensor:
-        return grad.view_as(grad)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        raise NotImplementedError(
-            "moda_attention on the Triton kernels has no second derivative: use backend='reference' for it"
-        )
+_SECOND = "moda_attention on the Triton kernels has no second derivative: use backend='reference' for it"
 
 
 def _by_token(x: Tensor) -> Tensor:

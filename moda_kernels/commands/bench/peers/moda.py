@@ -56,7 +56,7 @@ class Moda(Peer):
         if isinstance(backend, CpuBackend):
             # The plan is kept with the layout; making it needs shapes only.
             call = self._call(case, layout)
-            backend.jobs(call)
+            backend.places(call)
         return layout
 
     def attend(self, state: ModalityLayout | None, tensors: dict[str, Tensor], case: Case) -> Tensor:
