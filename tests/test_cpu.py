@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import moda_kernels as mk
 from moda_kernels import backends, testing
 from moda_kernels.backends.cpu import CpuBackend
-from moda_kernels.backends.cpu.plan import COSTS, Block, make_jobs
+from moda_kernels.backends.cpu.plan import COSTS, Block, make_jobs, make_plan
 from moda_kernels.tokens.intervals import mask_intervals
 from moda_kernels.tokens.mask import Visibility
 
@@ -265,7 +265,7 @@ def test_memory_is_linear_in_length(kind: str) -> None:
 
 def test_plans_are_made_once_per_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    monkeypatch.setattr("moda_kernels.backends.cpu.operators.make_jobs", lambda *a: made.append(a) or make_jobs(*a))
+    monkeypatch.setattr("moda_kernels.backends.cpu.operators.make_plan", lambda *a: made.append(a) or make_plan(*a))
     layout = three_images(256, (64,))
     q = torch.randn(1, 2, 256, 8)
     for _ in range(3):
@@ -275,13 +275,63 @@ def test_plans_are_made_once_per_layout(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(made) == 2
 
 
-def test_second_backward_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("pseudo", "error", "message"),
+    [
+        (mk.PseudoAttention(), NotImplementedError, "second derivatives"),
+        (None, RuntimeError, "derivative for aten::_scaled.* is not implemented"),  # one call: as of SDPA
+    ],
+)
+def test_second_backward_is_refused(pseudo: mk.PseudoAttention, error: type[Exception], message: str) -> None:
     layout = three_images(64, (16,))
     q = torch.randn(1, 1, 64, 8, requires_grad=True)
-    out = mk.moda_attention(q, q, q, layout=layout, is_causal=True, backend="cpu")
-    (grad,) = torch.autograd.grad(out.sum(), q, create_graph=True)
-    with pytest.raises(NotImplementedError, match="second derivatives"):
+    out = mk.moda_attention(q, q, q, layout=layout, is_causal=True, pseudo=pseudo, backend="cpu")
+    with pytest.raises(error, match=message):
+        (grad,) = torch.autograd.grad(out.sum(), q, create_graph=True)
         (grad * q).sum().backward()
+
+
+class Calls(TorchDispatchMode):
+    """The operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["causal", "full", "decode", "decode within", "packed", "one segment"])
+def test_one_call_and_nothing_else(kind: str) -> None:
+    """Where one kernel call does the whole job, forward and backward."""
+    length, causal, within = 24, mk.ModularMask.causal(2), mk.ModularMask.bidirectional_within(2, [1])
+    ids = torch.arange(length).expand(2, -1) // 5 % 2
+    bounds, rows, mask = None, length, {"full": None, "decode within": within}.get(kind, causal)
+    if kind == "packed":
+        ids, bounds = (torch.arange(length) % 8 // 5), torch.tensor([0, 8, 16, 24])
+    elif kind == "one segment":
+        ids, mask = torch.ones_like(ids), within
+    elif "decode" in kind:
+        rows = 1
+    layout = mk.segment_modalities(ids, num_modalities=2, cu_seqlens=bounds)
+    shapes = [(2, 4, rows, 8), (2, 2, length, 8), (2, 2, length, 8)]
+    if kind == "packed":
+        shapes = [(length, 4, 8), (length, 2, 8), (length, 2, 8)]
+    leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
+
+    def run(backend: str) -> list[Tensor]:
+        out = mk.moda_attention(*leaves, layout=layout, mask=mask, enable_gqa=True, backend=backend)
+        return [out, *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+
+    torch.testing.assert_close(run("cpu"), run("reference"))
+    with Calls() as calls:
+        run("cpu")
+    views = ("transpose", "squeeze", "select", "slice", "alias", "detach", "unflatten", "view", "expand")
+    work = [name for name in calls.names if not any(view in name for view in views)]
+    kernel = "aten::_scaled_dot_product_flash_attention_for_cpu"
+    assert [name for name in work if name != "aten::ones_like"] == [kernel, f"{kernel}_backward"], calls.names
 
 
 def test_functional_gradient() -> None:

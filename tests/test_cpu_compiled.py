@@ -57,7 +57,7 @@ def layers(q: Tensor, k: Tensor, v: Tensor, layout: mk.ModalityLayout) -> Tensor
 @pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.exhaustive), True])
 def test_any_length_in_one_graph(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     plans = []
-    monkeypatch.setattr(operators, "make_jobs", lambda *a, make=operators.make_jobs: plans.append(a) or make(*a))
+    monkeypatch.setattr(operators, "make_plan", lambda *a, make=operators.make_plan: plans.append(a) or make(*a))
     compiled = torch.compile(layers, fullgraph=True, dynamic=True, backend="aot_eager")
     counter = torch._dynamo.utils.counters["stats"]
     graphs = []

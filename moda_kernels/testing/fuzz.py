@@ -23,7 +23,7 @@ from moda_kernels import reference
 from moda_kernels.alignment.aligner import SCOPES, DuplexAligner
 from moda_kernels.alignment.maps import FUSIONS, NORMS
 from moda_kernels.alignment.released import released_key_map
-from moda_kernels.backends.cpu import operators as cpu
+from moda_kernels.backends.cpu import plan as cpu
 from moda_kernels.backends.triton import plan
 from moda_kernels.runtime import checks
 from moda_kernels.testing import dense

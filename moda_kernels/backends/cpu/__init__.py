@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moda_kernels.alignment.maps import align_keys
 from moda_kernels.backends.cpu.operators import Places, apply
+from moda_kernels.backends.cpu.plan import additive
 from moda_kernels.backends.cpu.rectangles import neighbours
 from moda_kernels.call import AttentionCall
 from moda_kernels.products.twin import compute_dtype
@@ -71,11 +72,11 @@ class CpuBackend:
             branches = [(0, made.second), (made.second, len(made.passes))] if call.split else [(0, made.second)]
             bounds = layout.cu_seqlens, rows.cu_seqlens
             found = [Places(*intervals, *bounds, branch, layout.packed) for branch in branches]
-            return [each._replace(jobs=each.made(dtype)) for each in found] if known else found
+            return [each._replace(plan=each.made(dtype)) for each in found] if known else found
 
         if not known:
             return make()
-        key = ("jobs", call.mask, call.split, dtype.itemsize == 2)
+        key = ("rectangles", call.mask, call.split, dtype)
 
         def remembered() -> list[Places]:
             where = (rows.shape, tuple(rows.first_column.tolist()), tuple(rows.cu_seqlens.tolist()))
@@ -84,26 +85,30 @@ class CpuBackend:
         return rows.remember(key, remembered)
 
     def _attend(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
-        layout = call.layout
-        key = call.key if call.key_map is None else align_keys(call.key, call.key_map, layout)
-        q, k, v = (x.transpose(0, 1)[None] if layout.packed else x for x in (call.query, key, call.value))
-        scale = call.scale
+        layout, scale = call.layout, call.scale
+        q, v = call.query, call.value
+        k = call.key if call.key_map is None else align_keys(call.key, call.key_map, layout)
+        if layout.packed:
+            q, k, v = q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None]
         if scale <= 0:  # ATen's kernel multiplies its own -inf by it: the query is turned instead
             q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
         value_dim = v.shape[-1]
         if call.pair_bias is not None:
             q, k = _with_bias_columns(q, k, call, scale)
-        dim = max(q.shape[-1], v.shape[-1])
-        q, k, v = (neighbours(x if x.shape[-1] == dim else F.pad(x, (0, dim - x.shape[-1]))) for x in (q, k, v))
+        dim = max(q.shape[-1], value_dim)
+        if q.shape[-1] < dim:
+            q, k = (F.pad(x, (0, dim - x.shape[-1])) for x in (q, k))
+        elif value_dim < dim:
+            v = F.pad(v, (0, dim - value_dim))
+        q, k, v = neighbours(q), neighbours(k), neighbours(v)
         attn_mask = None if call.attn_mask is None else _additive(call.attn_mask, compute_dtype(q))
-
         # One softmax over keys of the query's modality, and one over those of others; or one over all.
         softmaxes = (True, False) if call.split else (None,)
         extras = [None if call.pseudo is None else call.log_pseudo(same) for same in softmaxes]
         places = self.places(call, are_plain(q, k, v, attn_mask, *extras, layout.modality))
         parts = []
         for extra, where in zip(extras, places, strict=True):
-            out, lse = apply(q, k, v, extra, attn_mask, where, scale)
+            out, lse = apply(q, k, v, extra, attn_mask, where, scale, call.return_lse)
             # A slice of everything would cost a copy in the backward.
             parts.append((out if value_dim == dim else out[..., :value_dim], lse))
         return call.merged(parts)
@@ -112,7 +117,7 @@ class CpuBackend:
 def _additive(attn_mask: Tensor, dtype: torch.dtype) -> Tensor:
     """``[B or 1, Hq or 1, Lq or 1, L or 1]``, added to the scores."""
     if attn_mask.dtype == torch.bool:
-        attn_mask = torch.zeros_like(attn_mask, dtype=dtype).masked_fill(~attn_mask, -math.inf)
+        attn_mask = additive(attn_mask, dtype)
     return attn_mask.to(dtype)[(None,) * (4 - attn_mask.dim())]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moda_kernels.backends.cpu import rectangles
-from moda_kernels.backends.cpu.plan import COSTS, NARROW_COSTS, Job, make_jobs
+from moda_kernels.backends.cpu.plan import Plan, make_plan
 from moda_kernels.products.twin import compute_dtype
 from moda_kernels.runtime.operators import (
     are_plain,
@@ -34,7 +34,7 @@ class Places(NamedTuple):
 
     Attributes:
         limits, positions, cu_seqlens, cu_seqlens_q, passes, packed: what they are made from, as `make_jobs` takes it.
-        jobs: the rectangles; None where they can't be made before the call.
+        plan: the rectangles; None where they can't be made before the call.
     """
 
     limits: Tensor
@@ -43,34 +43,32 @@ class Places(NamedTuple):
     cu_seqlens_q: Tensor
     passes: tuple[int, int]
     packed: bool
-    jobs: list[Job] | None = None
+    plan: Plan | None = None
 
-    def made(self, dtype: torch.dtype) -> list[Job]:
+    def made(self, dtype: torch.dtype) -> Plan:
         """The rectangles, for numbers of a dtype."""
-        costs = NARROW_COSTS if dtype.itemsize == 2 else COSTS
-        return make_jobs(Intervals(self.limits, self.positions), self.passes, *self[2:4], self.packed, costs)
+        return make_plan(Intervals(self.limits, self.positions), self.passes, *self[2:4], self.packed, dtype)
 
     def arguments(self) -> tuple[Any, ...]:
         """As the operators take them."""
         return list(self[:4]), list(self.passes), self.packed
 
 
-_kept: list[tuple[Places, bool]] = []
+_kept: list[tuple[Places, torch.dtype]] = []
 
 
-def _kept_jobs(tensors: list[Tensor], passes: Sequence[int], packed: bool, dtype: torch.dtype) -> list[Job]:
+def _kept_plan(tensors: list[Tensor], passes: Sequence[int], packed: bool, dtype: torch.dtype) -> Plan:
     """As `Places.made`, found again by the numbers in the tensors: a compiler may write others to the same memory."""
     global _kept
-    kind = ((passes[0], passes[1]), packed, dtype.itemsize == 2)
-    for places, narrow in _kept:
-        if (*places[4:6], narrow) == kind and all(map(torch.equal, places[:4], tensors)):
-            assert places.jobs is not None
-            return places.jobs
+    for places, of in _kept:
+        if (*places.passes, places.packed, of) == (*passes, packed, dtype) and places.plan is not None:
+            if all(map(torch.equal, places[:4], tensors)):
+                return places.plan
     limits, positions, cu_seqlens, cu_seqlens_q = (x.clone() for x in tensors)
-    places = Places(limits, positions, cu_seqlens, cu_seqlens_q, *kind[:2])
-    jobs = places.made(dtype)
-    _kept = [(places._replace(jobs=jobs), kind[2]), *_kept[: KEPT_PLANS - 1]]  # in one step, for other threads
-    return jobs
+    places = Places(limits, positions, cu_seqlens, cu_seqlens_q, (passes[0], passes[1]), packed)
+    plan = places.made(dtype)
+    _kept = [(places._replace(plan=plan), dtype), *_kept[: KEPT_PLANS - 1]]  # in one step, for other threads
+    return plan
 
 
 def _attend(
@@ -84,8 +82,8 @@ def _attend(
     packed: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    jobs = _kept_jobs(places, passes, packed, query.dtype)
-    out, lse = rectangles.attend(query, key, value, extra, attn_mask, jobs, scale)
+    plan = _kept_plan(places, passes, packed, query.dtype)
+    out, lse = rectangles.attend(query, key, value, extra, attn_mask, plan, scale)
     return _as_promised(out), lse
 
 
@@ -110,9 +108,9 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if dlse is not None and not bool(dlse.any()):  # compilers write zeros out
         dlse = None
-    jobs = _kept_jobs(places, passes, packed, query.dtype)
+    plan = _kept_plan(places, passes, packed, query.dtype)
     dquery, dkey, dvalue, dextra = rectangles.gradients(
-        query, key, value, extra, attn_mask, out, lse, dout, dlse, jobs, scale
+        query, key, value, extra, attn_mask, out, lse, dout, dlse, plan, scale
     )
     return _as_promised(dquery), _as_promised(dkey), _as_promised(dvalue), dextra.contiguous()
 
@@ -174,7 +172,7 @@ register_vmap("_rectangles_backward", _vmap(_op_gradients))
 
 
 class RectangleAttention(torch.autograd.Function):
-    """Output and lse, as `rectangles.attend` (same arguments, but `places` in place of jobs)."""
+    """Output and lse, as `rectangles.attend` (same arguments, but `places` in place of a plan)."""
 
     generate_vmap_rule = True
 
@@ -189,8 +187,8 @@ class RectangleAttention(torch.autograd.Function):
         scale: float,
     ) -> tuple[Tensor, Tensor]:
         tensors = (query, key, value, extra, attn_mask)
-        if places.jobs is not None:
-            return rectangles.attend(*tensors, places.jobs, scale)
+        if places.plan is not None:
+            return rectangles.attend(*tensors, places.plan, scale)
         out: tuple[Tensor, Tensor] = _op_attend(*tensors, *places.arguments(), scale)
         return out
 
@@ -198,7 +196,7 @@ class RectangleAttention(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         *tensors, places, scale = inputs
         # Integers of a plan need no care of autograd's, but where a transform or a compiler wants to know all tensors.
-        opaque = places.jobs is None
+        opaque = places.plan is None
         ctx.save_for_backward(*tensors, *output, *(places[:4] if opaque else ()))
         ctx.places = places[4:] if opaque else places
         ctx.scale = scale
@@ -211,8 +209,9 @@ class RectangleAttention(torch.autograd.Function):
         dout = torch.zeros_like(out) if dout is None else dout
         tensors = (query, key, value, extra, attn_mask, out, lse, dout, dlse)
         grads: tuple[Tensor | None, ...]
-        if places.jobs is not None and are_plain(*tensors):
-            grads = rectangles.gradients(*tensors, places.jobs, ctx.scale)
+        if places.plan is not None and are_plain(*tensors):
+            with torch.no_grad():
+                grads = rectangles.gradients(*tensors, places.plan, ctx.scale)
         else:
             grads = _op_gradients(*tensors, *places.arguments(), ctx.scale)
         if torch.is_grad_enabled():
@@ -224,16 +223,35 @@ class RectangleAttention(torch.autograd.Function):
 _SECOND = "double backward through moda_attention on the cpu backend: use backend='reference' for second derivatives"
 
 
-def apply(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """`RectangleAttention.apply`, without what a graph costs where there will be none."""
-    *tensors, places, scale = arguments
+def apply(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    extra: Tensor | None,
+    attn_mask: Tensor | None,
+    places: Places,
+    scale: float,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """`RectangleAttention.apply`, without what a graph costs where there will be none.
+
+    Args:
+        return_lse: if not, it may come without its gradient, of any strides.
+    """
+    tensors = (query, key, value, extra, attn_mask)
+    plan = places.plan
     out: tuple[Tensor, Tensor]
-    if places.jobs is not None:
-        if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
-            return RectangleAttention.forward(*arguments)
-        out = plain_apply(RectangleAttention).apply(*arguments)
-    elif may_need_gradients(*tensors):
-        out = RectangleAttention.apply(*each_once(*tensors), places, scale)
-    else:
-        out = _op_attend(*tensors, *places.arguments(), scale)
+    if plan is None:
+        if may_need_gradients(*tensors):
+            out = RectangleAttention.apply(*each_once(*tensors), places, scale)
+        else:
+            out = _op_attend(*tensors, *places.arguments(), scale)
+        return out
+    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if plan.one is not None and extra is None and attn_mask is None and not (differentiable and return_lse):
+        out = rectangles.attend_at_once(query, key, value, plan.one, scale)
+        return (out[0], out[1].contiguous()) if return_lse else out
+    if not differentiable:
+        return rectangles.attend(*tensors, plan, scale)
+    out = plain_apply(RectangleAttention).apply(*tensors, places, scale)
     return out

@@ -11,6 +11,7 @@ Everything is found from `Intervals` alone, natively (`csrc/plan.cpp`) or by the
 no rule is known here. Spans are in query rows and key columns of one sequence, on the host.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -58,6 +59,64 @@ class Job(NamedTuple):
     regions: list[Region]
     #: So many packed documents of one length, side by side, make a batch of their own.
     documents: int = 1
+
+
+class OneCall(NamedTuple):
+    """The kernel call that makes up all rows of all sequences, where one does.
+
+    Attributes:
+        keys: which ones; None: all.
+        causal: or not. mask: additive, ``[rows, keys]``; or None. It hides no row wholly.
+        documents: so many packed documents of one length are a batch.
+    """
+
+    keys: Span | None
+    causal: bool
+    mask: Tensor | None
+    documents: int
+
+
+class Plan(NamedTuple):
+    """The calls of one softmax, for numbers of one dtype.
+
+    Attributes:
+        jobs: all of them. one: if it is a single one, how to make that and nothing else.
+    """
+
+    jobs: list[Job]
+    one: OneCall | None
+
+
+def make_plan(
+    intervals: Intervals,
+    passes: tuple[int, int],
+    cu_seqlens: Tensor,
+    cu_seqlens_q: Tensor,
+    packed: bool,
+    dtype: torch.dtype,
+) -> Plan:
+    """As `make_jobs`, for numbers of a dtype."""
+    costs = NARROW_COSTS if dtype.itemsize == 2 else COSTS
+    jobs = make_jobs(intervals, passes, cu_seqlens, cu_seqlens_q, packed, costs)
+    if len(jobs) != 1 or len(jobs[0].regions) != 1 or len(jobs[0].regions[0].blocks) != 1:
+        return Plan(jobs, None)
+    (job,) = jobs
+    (block,) = job.regions[0].blocks
+    batch = 1 if packed else cu_seqlens.numel() - 1
+    rows, keys = intervals.limits.shape[3] // batch, intervals.positions.shape[1] // batch
+    all_rows = isinstance(block.rows, slice) and size_of(block.rows) * job.documents == rows
+    if not all_rows or block.hidden is not None or job.batch not in (slice(None), slice(0, batch)):
+        return Plan(jobs, None)
+    all_keys = isinstance(block.keys, slice) and size_of(block.keys) * job.documents == keys
+    if job.documents > 1 and not all_keys:
+        return Plan(jobs, None)
+    mask = None if block.mask is None else additive(block.mask, dtype)
+    return Plan(jobs, OneCall(None if all_keys else block.keys, block.causal, mask, job.documents))
+
+
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where a bool mask shows, and -inf where it hides."""
+    return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, -math.inf)
 
 
 def make_jobs(

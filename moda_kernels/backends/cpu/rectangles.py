@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moda_kernels.backends.cpu.plan import Block, Job, Span, size_of
+from moda_kernels.backends.cpu.plan import Block, Job, OneCall, Plan, Span, additive, size_of
 from moda_kernels.products.twin import compute_dtype
 
 
@@ -38,31 +38,26 @@ def attend(
     value: Tensor,
     extra: Tensor | None,
     attn_mask: Tensor | None,
-    jobs: list[Job],
+    plan: Plan,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """out ``[B, Hq, Lq, D]`` (`rows_first`) and lse ``[B, Hq, Lq]`` of the rectangles of some jobs.
+    """out ``[B, Hq, Lq, D]`` (`rows_first`) and lse ``[B, Hq, Lq]`` of the rectangles of a plan.
 
     Args:
         query: ``[B, Hq, Lq, D]``, key and value ``[B, Hkv, L, D]``, one dtype, value size = key size; `neighbours`.
         extra: log of what each row's softmax sum gets besides its keys, ``[B, Hq, Lq]`` in lse's dtype; or None.
         attn_mask: additive, ``[B or 1, Hq or 1, Lq or 1, L or 1]`` in lse's dtype, without gradient; or None.
-        jobs: the rectangles; rows in none of them get output 0. scale: τ⁻¹.
+        plan: the rectangles; rows in none of them get output 0. scale: τ⁻¹.
     """
-    if extra is None and attn_mask is None and _is_one_call(jobs, query):
-        (block,) = jobs[0].regions[0].blocks
-        k, v = key, value
-        if not _takes_all_keys(jobs, key):
-            k, v = (_take(t, block.keys) for t in (key, value))
-        mask, _ = _additive(block, None, query.dtype)
-        whole, sums = _forward(query, k, v, 0.0, block.causal, attn_mask=mask, scale=scale)
-        return whole, sums.contiguous()
+    if extra is None and attn_mask is None and plan.one is not None:
+        out, lse = attend_at_once(query, key, value, plan.one, scale)
+        return out, lse.contiguous()
     out = rows_first(query, query.dtype).zero_()
     if extra is None:
         lse = torch.full(query.shape[:3], -math.inf, dtype=compute_dtype(query), device=query.device)
     else:
         lse = extra.clone(memory_format=torch.contiguous_format)
-    for job in jobs:
+    for job in plan.jobs:
         q, o, s = (_rows(t, job) for t in (query, out, lse))
         k, v = (_keys(t, job) for t in (key, value))
         given = _job_mask(attn_mask, job)
@@ -96,7 +91,7 @@ def gradients(
     lse: Tensor,
     dout: Tensor,
     dlse: Tensor | None,
-    jobs: list[Job],
+    plan: Plan,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Those of query, key, value (`rows_first`) and extra (without one, of no meaning), given those of the results of
@@ -115,18 +110,19 @@ def gradients(
         query, key, value = (F.pad(t, (0, 1)) for t in (query, key, value))
         out = torch.cat((out, -dlse[..., None].to(out.dtype)), -1)
         dout = torch.cat((dout, torch.ones_like(dout[..., :1])), -1)
-    if attn_mask is None and _is_one_call(jobs, query) and _takes_all_keys(jobs, key):  # all see something
-        mask, _ = _additive(jobs[0].regions[0].blocks[0], None, query.dtype)
-        causal = jobs[0].regions[0].blocks[0].causal
-        grads = _backward(dout, query, key, value, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
+    one = plan.one
+    if attn_mask is None and one is not None and one.keys is None:  # all see something
+        together = [_documents(t, one.documents) for t in (dout, query, key, value, out, lse)]
+        grads = _backward(*together, 0.0, one.causal, attn_mask=one.mask, scale=scale)
+        dquery, dkey, dvalue = (_side_by_side(t, one.documents) for t in grads)
         if dlse is not None:
-            grads = grads[0][..., :dim], grads[1][..., :dim], grads[2][..., :dim]
-        return *grads, dextra
+            dquery, dkey, dvalue = dquery[..., :dim], dkey[..., :dim], dvalue[..., :dim]
+        return dquery, dkey, dvalue, dextra
     # exp(score - lse) is then 0 in rows that see nothing.
     lse = torch.where(torch.isneginf(lse), math.inf, lse)
     dquery = rows_first(query, query.dtype).zero_()
     dkey, dvalue = (rows_first(t, wide).zero_() for t in (key, value))
-    for job in jobs:
+    for job in plan.jobs:
         of_rows = [_rows(t, job) for t in (query, out, dout, lse, dquery)]
         k, v, dk, dv = (_keys(t, job) for t in (key, value, dkey, dvalue))
         given = _job_mask(attn_mask, job)
@@ -163,19 +159,16 @@ def rows_first(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.new_empty(batch, length, heads, dim, dtype=dtype).transpose(1, 2)
 
 
-def _is_one_call(jobs: list[Job], query: Tensor) -> bool:
-    """Whether one call makes up all rows, so that its results need no copy."""
-    if len(jobs) != 1 or len(jobs[0].regions) != 1 or len(jobs[0].regions[0].blocks) != 1:
-        return False
-    (region,) = jobs[0].regions
-    all_rows = isinstance(region.rows, slice) and size_of(region.rows) == query.shape[2]
-    all_sequences = jobs[0].batch in (slice(None), slice(0, query.shape[0]))
-    return all_rows and all_sequences and region.blocks[0].hidden is None
-
-
-def _takes_all_keys(jobs: list[Job], key: Tensor) -> bool:
-    keys = jobs[0].regions[0].blocks[0].keys
-    return isinstance(keys, slice) and size_of(keys) == key.shape[2]
+def attend_at_once(query: Tensor, key: Tensor, value: Tensor, one: OneCall, scale: float) -> tuple[Tensor, Tensor]:
+    """As `attend`, by one call of ATen's kernel, which autograd knows (but for lse); lse has ATen's strides."""
+    if one.keys is not None:
+        key, value = _take(key, one.keys), _take(value, one.keys)
+    if one.documents > 1:
+        query, key, value = (_documents(t, one.documents) for t in (query, key, value))
+    out, lse = _forward(query, key, value, 0.0, one.causal, attn_mask=one.mask, scale=scale)
+    if one.documents > 1:
+        return _side_by_side(out, one.documents), _side_by_side(lse, one.documents)
+    return out, lse
 
 
 def _rows(x: Tensor, job: Job) -> Tensor:
@@ -190,6 +183,11 @@ def _keys(x: Tensor, job: Job) -> Tensor:
 
 def _documents(x: Tensor, count: int) -> Tensor:
     return x if count == 1 else x[0].unflatten(1, (count, -1)).transpose(0, 1)
+
+
+def _side_by_side(x: Tensor, count: int) -> Tensor:
+    """The reverse: ``[documents, H, L, …]`` as ``[1, H, documents · L, …]``."""
+    return x if count == 1 else x.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None]
 
 
 def _job_mask(attn_mask: Tensor | None, job: Job) -> Tensor | None:
@@ -233,7 +231,7 @@ def _additive(block: Block, attn_mask: Tensor | None, dtype: torch.dtype) -> tup
     if seen is not None:
         # 0 and -inf are numbers of every dtype; what is added to them comes in float32 or float64.
         dtype = dtype if attn_mask is None else attn_mask.dtype
-        mask = torch.zeros(rows, keys, dtype=dtype, device="cpu").masked_fill_(~seen, -math.inf)
+        mask = additive(seen, dtype)
     if attn_mask is None:
         return mask, block.hidden
     given = attn_mask if attn_mask.shape[2] == 1 else _take(attn_mask, block.rows)
