@@ -67,6 +67,7 @@ class History:
         self._room = 0  # an upper bound of the segments of each sequence, so that nothing waits for a CUDA device
         # (In lists, since a number that is a key is a graph of its own to a compiler.)
         self._layouts: list[tuple[int, ModalityLayout]] = []
+        self._roomy: list[tuple[int, ModalityLayout]] = []
         self._parts: list[tuple[tuple[int, int], ModalityLayout]] = []
 
     @property
@@ -118,7 +119,7 @@ class History:
         self.own_chunks = self.own_chunks or own["chunks"]
         self._room += modality_ids.numel() if new.packed else shape[1]
         self.new_bounds, self.newest = new.cu_seqlens, shape[-1]
-        self._layouts, self._parts = [], []
+        self._layouts, self._roomy, self._parts = [], [], []
         try:
             return self.layout()  # where steps may turn out to fall
         except ValueError:
@@ -127,23 +128,26 @@ class History:
 
     def layout(self, columns: int | None = None) -> ModalityLayout:
         told = self._told()
+        # To a compiler a cache that is full is like one that isn't yet: all steps of a generation are one graph.
+        roomy = columns is not None and torch.compiler.is_compiling() and columns >= self.length and not self.packed
         columns = self.length if columns is None else checks.integer("columns", columns, 0)
-        for known, layout in self._layouts:
+        layouts = self._roomy if roomy else self._layouts
+        for known, layout in layouts:
             if known == columns:
                 return layout
         if self.packed and columns != self.length:
             raise checks.wrong_value("key", f"the {self.length} tokens of the packed documents", f"{columns}")
         spare = columns - self.length
-        if spare > 0:
+        if roomy or spare > 0:
             # (Looked up, since to a compiler a tensor of one column is another graph than one of two.)
             column = torch.arange(columns, device=told.device)
             untold = torch.stack([told.new_full((1, 1), value) for value in UNTOLD])
             longer = torch.nn.functional.pad(told, (0, 1))
             told = torch.where(column < self.length, longer[..., column.clamp(max=self.length)], untold)
-        made = self._segmented(told[..., max(-spare, 0) :], self.bounds)
-        if spare < 0:
+        made = self._segmented(told if roomy else told[..., max(-spare, 0) :], self.bounds)
+        if not roomy and spare < 0:
             made = dataclasses.replace(made, counts=self.layout().counts)
-        self._layouts.append((columns, made))
+        layouts.append((columns, made))
         return made
 
     def place(
@@ -196,7 +200,7 @@ class History:
             self.bounds, self.new_bounds = (bounds_of(n) for n in (lengths, newest))
             self.newest = int(newest.sum())
         self.told = self.told.index_select(1, rows)
-        self._layouts, self._parts = [], []
+        self._layouts, self._roomy, self._parts = [], [], []
         return Moved(sequences, rows, before)
 
     def crop(self, length: int | Tensor) -> bool:
@@ -223,7 +227,7 @@ class History:
         else:
             self.newest = max(self.newest - (self.length - length), 0)
             self.told = self.told[:, :, :length]
-        self._layouts, self._parts = [], []
+        self._layouts, self._roomy, self._parts = [], [], []
         return True
 
     # What layers ask

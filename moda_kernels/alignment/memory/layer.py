@@ -190,7 +190,7 @@ class LayerState:
             self._extend(self._buffer, new, columns)
         self._aligned = history.length
         assert self._buffer is not None
-        if columns <= history.length:
+        if columns < history.length:
             return self._buffer[:, :, self._end - columns : self._end]
         if self._first > 0 or self._buffer.shape[2] < columns:
             kept = self._buffer[:, :, self._first : self._end]
