@@ -100,6 +100,17 @@ def make_model() -> Any:
     return moda.enable(model, fusion="concat", scope="causal")
 
 
+def quickly(model: Any, steps: int, lr: float = 1e-2) -> Any:
+    """The model after some steps of a row each, without a Trainer. (For the other examples.)"""
+    optimizer = torch.optim.AdamW(mk.parameter_groups(model.train(), lr=lr))
+    device = next(model.parameters()).device
+    for row in Crops(steps).rows:
+        optimizer.zero_grad()
+        model(**{name: x.to(device) for name, x in collate([row]).items()}, use_cache=False).loss.backward()
+        optimizer.step()
+    return model
+
+
 class Trainer(transformers.Trainer):
     """With aligners' weights at a rate of their own; and where processes share rows, the same rows for all of them."""
 
@@ -120,8 +131,8 @@ class Trainer(transformers.Trainer):
         return DataLoader(self.train_dataset, batch_size=1, sampler=self._get_train_sampler(), collate_fn=collate)  # type: ignore[arg-type]
 
 
-def train(mode: str, steps: int, lr: float) -> list[float]:
-    """The losses of each step."""
+def train(mode: str, steps: int, lr: float, save: Path | None = None) -> list[float]:
+    """The losses of each step; the model, with its aligners, is saved where it is asked for."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     apart = 1 if mode == "context" else processes
     if ROWS % apart:
@@ -147,6 +158,8 @@ def train(mode: str, steps: int, lr: float) -> list[float]:
         trainer.train()
         if mode == "fsdp" and processes > 1 and not all(hasattr(p, "full_tensor") for p in trainer.model.parameters()):
             raise SystemExit("parameters were not sharded")
+        if save is not None:
+            trainer.save_model(str(save))
         return [record["loss"] for record in trainer.state.log_history if "loss" in record]
 
 
@@ -178,6 +191,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12, help="default: %(default)s")
     parser.add_argument("--lr", type=float, default=1e-2, help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="file for the losses")
+    parser.add_argument("--save", type=Path, help="folder for the model")
     parser.add_argument(
         "--compare", action="store_true", help="run every mode on 1, 2 and 4 processes and compare them"
     )
@@ -185,7 +199,7 @@ def main() -> None:
     if options.compare:
         compare(options.steps, options.lr)
         return
-    losses = train(options.mode, options.steps, options.lr)
+    losses = train(options.mode, options.steps, options.lr, options.save)
     if int(os.environ.get("RANK", "0")) == 0:
         print("losses: " + " ".join(f"{loss:.4f}" for loss in losses))
         if options.out is not None:
