@@ -53,7 +53,7 @@ format: $(INSTALLED) ## put the code into its style
 wheel: $(INSTALLED) ## build the source distribution and the wheel into dist/
 	$(PY) -m build --no-isolation
 
-compile-all: $(INSTALLED) ## compile every Triton kernel in every configuration for sm_80, sm_90, sm_100; needs no GPU
+compile-all: $(INSTALLED) ## compile every Triton kernel in every configuration for every architecture; needs no GPU
 	TRITON_INTERPRET=0 $(PY) -m moda_kernels.runtime.aot --all $(ARGS)
 
 sanitize: extension ## run small attention on a GPU under compute-sanitizer's memcheck and racecheck

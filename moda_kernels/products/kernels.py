@@ -22,8 +22,9 @@ from torch import Tensor
 
 from moda_kernels.products import configs
 from moda_kernels.runtime.aot import Build
+from moda_kernels.runtime.architectures import KNOWN, Target, architecture, table_of
 from moda_kernels.runtime.gpu import interpreted
-from moda_kernels.runtime.launch import ARCHITECTURES, Launch, architecture, find, float32_dots, launch, padded
+from moda_kernels.runtime.launch import Launch, find, float32_dots, launch, padded
 
 #: The largest head size.
 MAX_DIM = 256
@@ -396,8 +397,8 @@ def _gram_tile(config: configs.GramConfig, d: int, e: int, eps: float | None) ->
 
 _TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 #: (architecture, dtype, head size) of the gate: both norms of both kernels.
-_GATE = {
-    (80, torch.bfloat16, 128),
+_GATE: set[tuple[Target, torch.dtype, int]] = {
+    *((target, torch.bfloat16, 128) for target in (80, 120, "gfx942")),
     *((90, dtype, d) for dtype in (torch.bfloat16, torch.float32) for d in (64, 128, 256)),
 }
 
@@ -406,9 +407,9 @@ def _strides(of: str, axes: str) -> tuple[str, ...]:
     return tuple(f"{of}_stride_{axis}" for axis in axes)
 
 
-def _gram_build(capability: int, dtype: torch.dtype, d: int, eps: float | None, same: bool) -> Build:
+def _gram_build(target: Target, dtype: torch.dtype, d: int, eps: float | None, same: bool) -> Build:
     table = configs.GRAM if eps is None else configs.UNIT_GRAM
-    config = find(table, capability, torch.finfo(dtype).bits, padded(d))
+    config = find(table, table_of(target), torch.finfo(dtype).bits, padded(d))
     bd, be = _gram_tile(config, d, d, eps)
     strides = (*_strides("x", "bth"), *_strides("y", "bth"))
     pointers = {"p_x": _TYPES[dtype], "p_y": _TYPES[dtype], "p_out": "*fp32", "p_partial": "*fp32"}
@@ -416,7 +417,7 @@ def _gram_build(capability: int, dtype: torch.dtype, d: int, eps: float | None, 
     return Build(
         name=f"{'unit_gram' if eps else 'segment_gram'}{' of one' if same else ''} {_TYPES[dtype][1:]} {d}",
         kernel=_segment_gram_kernel,
-        capability=capability,
+        target=target,
         types={
             **pointers,
             "p_order": "*i32",
@@ -426,13 +427,13 @@ def _gram_build(capability: int, dtype: torch.dtype, d: int, eps: float | None, 
         constants={**constants, "PRECISION": "ieee"},
         config=config,
         divisible_by_16=strides,
-        gate=(capability, dtype, d) in _GATE,
+        gate=(target, dtype, d) in _GATE,
     )
 
 
-def _project_build(capability: int, dtype: torch.dtype, d: int, eps: float | None) -> Build:
+def _project_build(target: Target, dtype: torch.dtype, d: int, eps: float | None) -> Build:
     table = configs.PROJECT if eps is None else configs.UNIT_PROJECT
-    config = find(table, capability, torch.finfo(dtype).bits, padded(d))
+    config = find(table, table_of(target), torch.finfo(dtype).bits, padded(d))
     strides = (*_strides("x", "bth"), *_strides("matrix", "ghd"), *_strides("unit", "ghd"))
     pointers = {"p_x": _TYPES[dtype], "p_matrix": "*fp32", "p_unit": "*fp32", "p_out": _TYPES[dtype]}
     integers = dict.fromkeys(("length", "heads", "splits", *strides), "i32")
@@ -441,34 +442,34 @@ def _project_build(capability: int, dtype: torch.dtype, d: int, eps: float | Non
     return Build(
         name=f"{'unit_project' if eps else 'segment_project'} {_TYPES[dtype][1:]} {d}",
         kernel=_segment_project_kernel,
-        capability=capability,
+        target=target,
         types={**pointers, "p_order": "*i32", "p_pieces": "*i32", **integers},
         constants={"matrix_stride_e": 1, "unit_stride_e": 1, **constants, "EPS": eps, "PRECISION": "ieee"},
         config=config,
         divisible_by_16=strides,
         # Two registers too few.
-        stack_allowance=16 if (capability, size, eps is None) == (100, MAX_DIM, False) else 0,
-        gate=(capability, dtype, d) in _GATE,
+        stack_allowance=16 if (table_of(target), size, eps is None) == (100, MAX_DIM, False) else 0,
+        gate=(target, dtype, d) in _GATE,
     )
 
 
 def builds() -> Iterator[Build]:
     """Every configuration, at the head sizes that it is for, and one that needs masks."""
-    for capability in ARCHITECTURES:
+    for target in KNOWN:
         for dtype in _TYPES:
             for d in (64, 96, 128, 256):
                 for eps in (None, 1e-6):
-                    yield _gram_build(capability, dtype, d, eps, same=False)
-                    yield _project_build(capability, dtype, d, eps)
-                gram = find(configs.GRAM, capability, torch.finfo(dtype).bits, padded(d))
+                    yield _gram_build(target, dtype, d, eps, same=False)
+                    yield _project_build(target, dtype, d, eps)
+                gram = find(configs.GRAM, table_of(target), torch.finfo(dtype).bits, padded(d))
                 if gram.load_once and gram.block_d >= d:
-                    yield _gram_build(capability, dtype, d, None, same=True)
+                    yield _gram_build(target, dtype, d, None, same=True)
         yield Build(
             name="sum_slots 128x128",
             kernel=_sum_slots_kernel,
-            capability=capability,
+            target=target,
             types={"p_partial": "*fp32", "p_groups": "*i32", "p_out": "*fp32", "heads": "i32"},
             constants={"SIZE": 128 * 128, "BLOCK": SUM_BLOCK},
             config=Launch(4, 3),
-            gate=capability == 90,
+            gate=target == 90,
         )

@@ -30,8 +30,13 @@ def why_absent() -> tuple[str, ...]:
         return (f"it needs Triton {OLDEST[0]}.{OLDEST[1]} or newer, got {triton.__version__}",)
     if interpreted():
         return ()
+    if torch.version.hip is not None:
+        return (f"PyTorch is built for ROCm {torch.version.hip}, where its kernels were only compiled, never run",)
     if not torch.cuda.is_available():
-        return ("PyTorch finds no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for tests)",)
+        other = ", and on XPU its kernels were never run" if torch.xpu.is_available() else ""
+        return (
+            f"PyTorch finds no CUDA device{other} (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for tests)",
+        )
     return ()
 
 

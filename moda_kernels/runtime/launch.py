@@ -1,6 +1,7 @@
 """What every kernel is launched with and how, and how tables of configurations are read.
 
-A kernel kind has a frozen dataclass (a `Launch` with its block sizes) and a table: architecture → bits of the numbers
+A kernel kind has a frozen dataclass (a `Launch` with its block sizes) and a table: architecture (of `TABLES` in
+`architectures.py`) → bits of the numbers
 that its dots multiply → the largest head size that an entry is for → entry.
 """
 
@@ -10,10 +11,9 @@ from typing import Any, TypeVar
 
 import torch
 
-C = TypeVar("C")
+from moda_kernels.runtime.architectures import Target
 
-#: Architectures with a table of their own; any other GPU takes the entries of the last one that isn't newer.
-ARCHITECTURES = (80, 90, 100)
+C = TypeVar("C")
 
 
 @dataclass(frozen=True)
@@ -94,14 +94,6 @@ def _pattern(pointers: tuple[Any, ...]) -> int:
     return bits
 
 
-def architecture(device: torch.device) -> int:
-    """The table to look in for a device; the interpreter, which has no limits, takes sm_90's."""
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return max((a for a in ARCHITECTURES if a <= 10 * major + minor and major < 12), default=ARCHITECTURES[0])
-
-
 def float32_dots() -> str:
     """`input_precision` of float32 products: IEEE unless torch's own switch allows TF32."""
     matmul = torch.backends.cuda.matmul
@@ -118,7 +110,7 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def find(table: Mapping[int, Mapping[int, Mapping[int, C]]], capability: int, bits: int, size: int) -> C:
-    """The entry for an architecture, the bits of a number and a head size."""
-    rows = table[capability][bits]
+def find(table: Mapping[Target, Mapping[int, Mapping[int, C]]], architecture: Target, bits: int, size: int) -> C:
+    """The entry for an architecture with a table of its own, the bits of a number and a head size."""
+    rows = table[architecture][bits]
     return rows[min(limit for limit in rows if limit >= size)]

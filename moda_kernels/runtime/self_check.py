@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from moda_kernels.runtime import checks
+from moda_kernels.runtime.architectures import gcn_name
 
 log = logging.getLogger("moda_kernels")
 
@@ -94,7 +95,7 @@ def architecture(device: torch.device) -> str:
 @torch.compiler.assume_constant_result
 def _gpu(index: int) -> str:
     if torch.version.hip is not None:
-        return str(torch.cuda.get_device_properties(index).gcnArchName).partition(":")[0]
+        return gcn_name(index)
     return "sm_{}{}".format(*torch.cuda.get_device_capability(index))
 
 

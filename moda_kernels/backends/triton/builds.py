@@ -27,25 +27,29 @@ from moda_kernels.backends.triton.kernels.forward import ForwardTensors, attenti
 from moda_kernels.backends.triton.kernels.primitives import Extras
 from moda_kernels.backends.triton.launch_decode import TURN_COLUMNS
 from moda_kernels.backends.triton.plan import Facts
+from moda_kernels.runtime import architectures
 from moda_kernels.runtime.aot import Build
-from moda_kernels.runtime.launch import ARCHITECTURES, Launch, find, padded
+from moda_kernels.runtime.architectures import KNOWN, Target, table_of
+from moda_kernels.runtime.launch import Launch, find, padded
 from moda_kernels.tokens.walks import CHAINS, KeyWalk, QueryWalk
 
 KERNELS: Mapping[str, tuple[Any, Any, Any]] = {
     "forward": (attention_forward, ForwardTensors, QueryWalk),
+    "masked": (attention_forward, ForwardTensors, QueryWalk),
     "folded": (attention_forward, ForwardTensors, QueryWalk),
     "query": (attention_backward_query, QueryTensors, QueryWalk),
     "keys": (attention_backward_keys, KeyTensors, KeyWalk),
 }
 TABLES = {
     "forward": configs.FORWARD,
+    "masked": configs.MASKED,
     "folded": configs.FOLDED,
     "query": configs.BACKWARD_QUERY,
     "keys": configs.BACKWARD_KEYS,
 }
 #: Bytes of stack that are accepted. sm_90's forward has none up to head size 128. The backward's keys side has two
 #: accumulators of 64 registers a thread; what is left over lies in the loop over partial tiles, which are few.
-STACK = {
+STACK: Mapping[tuple[str, Target], int] = {
     ("forward", 80): 64, ("forward", 90): 0, ("forward", 100): 0,
     ("folded", 80): 64, ("folded", 90): 0, ("folded", 100): 0,
     ("query", 80): 64, ("query", 90): 16, ("query", 100): 16,
@@ -57,6 +61,23 @@ WIDE_STACK = 64
 #: And with several walks, each with two loops of its own.
 MANY_STACK = 128
 
+#: The gate compiles every configuration in 16 bits of these architectures. Of the others, whose kernels differ little,
+#: it compiles a sample: kind, bits and head size. `--all` compiles everything.
+WHOLE: tuple[Target, ...] = (80, 90, 100)
+SAMPLE: Mapping[Target, set[tuple[str, int, int]]] = {
+    86: {("keys", 16, 128), ("query", 16, 256), ("decode", 16, 64)},
+    89: {("keys", 16, 128)},
+    103: {("forward", 16, 128)},
+    120: {("forward", 16, 128), ("keys", 16, 128), ("query", 32, 256)},
+    "gfx90a": {("forward", 16, 64)},
+    "gfx942": {("forward", 16, 128), ("query", 16, 128), ("keys", 16, 128), ("decode", 16, 128)},
+    "gfx950": {("keys", 16, 64)},
+}
+#: Of a kind of kernel beside its configuration.
+ALWAYS: Mapping[str, dict[str, Any]] = {
+    "folded": {"features": ("map",), "passes": 2}, "masked": {"features": ("mask",)},
+}  # fmt: skip
+
 GROUP = 4
 #: Members of NamedTuples that are not of the inputs' type.
 _FLOATS = ("lse", "dlse", "delta", "norm", "row_sums", "sums", "tops", "dbias", "bias", "base", "decay", "weights")
@@ -67,6 +88,7 @@ _FEATURES = {
     "bias": ("bias",),
     "split": ("weights",),
     "mask": ("mask",),
+    "float mask": ("mask",),
     "fault": ("fault",),
     "map": ("matrix", "matrix_rest"),
 }
@@ -74,7 +96,7 @@ _FEATURES = {
 
 def attention_build(
     kind: str,
-    capability: int,
+    target: Target,
     config: AttentionConfig,
     head_dim: int,
     dtype: str = "bf16",
@@ -98,21 +120,26 @@ def attention_build(
     constants: dict[str, Any] = {
         "D": head_dim, "E": head_dim, "BLOCK_D": padded(head_dim), "BLOCK_E": padded(head_dim),
         "UNIT": 16 if head_dim % 16 == 0 else 1, "GROUP": GROUP, "BLOCK_Q": config.block_q, "BLOCK_K": config.block_k,
-        "PART": config.part, "SPLIT": split, "MASK": int("mask" in features), "PRECISION": "ieee", "CHAINS": CHAINS,
+        "PART": config.part, "SPLIT": split, "MASK": _mask_kind(features), "PRECISION": "ieee", "CHAINS": CHAINS,
         "PASSES": passes, "FIRST_PASSES": passes // 2 if split else passes, "INTERVALS": intervals,
         "AFFINE": passes == 1,
     }  # fmt: skip
     name = " ".join(
-        (f"attention_{kind}", dtype, str(head_dim), *features, *[f"passes={passes}"] * (passes != 1),
+        (f"attention_{'forward' if kind == 'masked' else kind}", dtype, str(head_dim), *features,
+         *[f"passes={passes}"] * (passes != 1),
          *["intervals=2"] * (intervals == 2))
     )  # fmt: skip
     allowance = max(
-        STACK[kind, capability] if padded(head_dim) <= 128 else WIDE_STACK,
+        STACK.get((kind, table_of(target)), 0) if padded(head_dim) <= 128 else WIDE_STACK,
         MANY_STACK if passes != 1 or intervals > 1 else 0,
     )
-    if kind == "forward" and passes == intervals == 1 and dtype != "fp32":
+    if kind in ("forward", "masked") and passes == intervals == 1 and dtype != "fp32":
         allowance = 0  # the walk of most masks
-    return _build(name, kernel, capability, config, types, constants, allowance, gate)
+    return _build(name, kernel, target, config, types, constants, allowance, gate)
+
+
+def _mask_kind(features: Sequence[str]) -> int:
+    return 1 if "mask" in features else 2 if "float mask" in features else 0
 
 
 def _integers(kind: Any) -> Any:
@@ -135,11 +162,11 @@ def pointers(kind: Any, dtype: str, left_out: Sequence[str] = ()) -> Any:
 def _extras(features: tuple[str, ...], dtype: str) -> Extras:
     given = {name for feature in features if feature in _FEATURES for name in _FEATURES[feature]}
     made: Extras = pointers(Extras, dtype, tuple(name for name in Extras._fields if name not in given))
-    return made
+    return made._replace(mask=f"*{dtype}") if "float mask" in features else made
 
 
 def _build(
-    name: str, kernel: Any, capability: int, config: Launch, types: Mapping[str, Any], constants: Mapping[str, Any],
+    name: str, kernel: Any, target: Target, config: Launch, types: Mapping[str, Any], constants: Mapping[str, Any],
     allowance: int, gate: bool,
 ) -> Build:  # fmt: skip
     """With the plain arguments that the kernel has beside these."""
@@ -147,73 +174,86 @@ def _build(
     plain = (key for key in kernel.arg_names if key not in constants and key not in types)
     kinds = {key: "*i32" if key.startswith("p_") else "fp32" if key == "scale" else "i32" for key in plain}
     return Build(
-        name, kernel, capability, {**types, **kinds}, constants, config, stack_allowance=allowance, gate=gate
+        name, kernel, target, {**types, **kinds}, constants, config, stack_allowance=allowance, gate=gate
     )  # fmt: skip
 
 
 def builds() -> Iterator[Build]:
-    """Every configuration at its largest head size; then features and head sizes that need masks."""
+    """Every configuration at its largest head size for every architecture; then, for those with a table of their own,
+    features and head sizes that need masks."""
     for kind, table in TABLES.items():
-        more: Mapping[str, Any] = {"features": ("map",), "passes": 2} if kind == "folded" else {}
-        for capability, by_bits in table.items():
-            for bits, by_size in by_bits.items():
+        for target, known in KNOWN.items():
+            for bits, by_size in table[known.table].items():
                 for size, config in by_size.items():
-                    # float32's configurations are the same everywhere.
-                    gate = bits == 16 or capability == 90
+                    gate = kind != "masked" and _in_gate(kind, target, bits, size)
                     dtype = "bf16" if bits == 16 else "fp32"
-                    yield attention_build(kind, capability, config, size, dtype, gate=gate, **more)
-    for capability in ARCHITECTURES:
+                    yield attention_build(kind, target, config, size, dtype, gate=gate, **ALWAYS.get(kind, {}))
+    for target in architectures.TABLES:
         for kind in ("forward", "query", "keys"):
-            config = find(TABLES[kind], capability, 16, 128)
+            config = find(TABLES[kind], target, 16, 128)
             variants: list[tuple[tuple[str, ...], int]] = [
-                (("bias",), 2), (("bias",), 0), (("split",), 2), (("split", "bias"), 4), (("mask",), 1), ((), 2),
+                (("bias",), 2), (("bias",), 0), (("split",), 2), (("split", "bias"), 4), ((), 2),
             ]  # fmt: skip
             if kind == "forward":
                 variants += [(("pseudo",), 1), (("fault",), 1), (("split", "pseudo"), 2)]
+            else:
+                variants += [(("mask",), 1), (("float mask",), 1)]
             for features, passes in variants:
-                masked = find(configs.MASKED, capability, 16, 128)
-                chosen = masked if kind == "forward" and "mask" in features else config
-                yield attention_build(kind, capability, chosen, 128, "bf16", features, passes)
+                yield attention_build(kind, target, config, 128, "bf16", features, passes)
             for passes in (1, 0):
-                yield attention_build(kind, capability, config, 128, "bf16", (), passes, intervals=2)
+                yield attention_build(kind, target, config, 128, "bf16", (), passes, intervals=2)
             for size in (40, 80, 96):
-                narrow = find(TABLES[kind], capability, 16, padded(size))
-                yield attention_build(kind, capability, narrow, size)
-            yield attention_build(kind, capability, config, 128, "fp16")
-        folded = find(configs.FOLDED, capability, 16, 128)
+                narrow = find(TABLES[kind], target, 16, padded(size))
+                yield attention_build(kind, target, narrow, size)
+            yield attention_build(kind, target, config, 128, "fp16")
+        yield attention_build("masked", target, find(configs.MASKED, target, 16, 128), 128, features=("float mask",))
+        folded = find(configs.FOLDED, target, 16, 128)
         for features, passes in ((("map", "bias"), 2), (("map", "split"), 4)):
-            yield attention_build("folded", capability, folded, 128, "bf16", features, passes)
-        yield _row_sums(capability)
+            yield attention_build("folded", target, folded, 128, "bf16", features, passes)
+    for target, known in KNOWN.items():
+        for size, query in configs.BACKWARD_QUERY[known.table][16].items():
+            yield _row_sums(target, query, size)
     yield from _decode_builds()
 
 
-def _row_sums(capability: int) -> Build:
-    """A thread's work is a row."""
+def _in_gate(kind: str, target: Target, bits: int, size: int) -> bool:
+    """float32's configurations hardly differ between architectures."""
+    if target in WHOLE:
+        return bits == 16 or target == 90
+    return (kind, bits, size) in SAMPLE[target]
+
+
+def _row_sums(target: Target, query: AttentionConfig, size: int) -> Build:
+    """A thread's work is a row of the tiles that dq goes through."""
     types = {"tensors": pointers(RowTensors, "bf16"), "extras": _extras(("pseudo",), "bf16")}
-    constants = {"E": 128, "BLOCK_E": 128, "UNIT": 16, "BLOCK_Q": 128, "SPLIT": False}
-    config = Launch(num_warps=8, num_stages=3)
-    return _build("attention_row_sums", attention_row_sums, capability, config, types, constants, 0, capability == 90)
+    constants = {"E": size, "BLOCK_E": size, "UNIT": 16, "BLOCK_Q": query.block_q, "SPLIT": False}
+    gate = target == 90 and size > 64
+    name = f"attention_row_sums {size}"
+    return _build(name, attention_row_sums, target, configs.ROW_SUMS, types, constants, 0, gate)
 
 
 def _decode_builds() -> Iterator[Build]:
     """Every configuration with the smallest and the largest tile, and features in the one for head size 128."""
     every = ("bias", "mask", "turned", "intervals=2")
-    for capability, by_bits in configs.DECODE.items():
-        for bits, by_size in by_bits.items():
+    for target, known in KNOWN.items():
+        for bits, by_size in configs.DECODE[known.table].items():
             dtype = "bf16" if bits == 16 else "fp32"
             for size, config in by_size.items():
                 for block_r in (16, 32):
-                    yield _decode_build(capability, config, size, dtype, block_r, gate=bits == 16 or capability == 90)
-        config = find(configs.DECODE, capability, 16, 128)
-        for features in (*((feature,) for feature in every), every):
-            yield _decode_build(capability, config, 128, "bf16", 16, features)
-        yield _decode_build(capability, config, 80, "bf16", 32, every)
-        yield _decode_build(capability, config, 128, "fp16", 32, every)
-        yield from _around_decode(capability)
+                    gate = _in_gate("decode", target, bits, size) and (target in WHOLE or block_r == 16)
+                    yield _decode_build(target, config, size, dtype, block_r, gate=gate)
+        if target != known.table:
+            continue
+        config = find(configs.DECODE, target, 16, 128)
+        for features in (*((feature,) for feature in every), ("float mask",), every):
+            yield _decode_build(target, config, 128, "bf16", 16, features)
+        yield _decode_build(target, config, 80, "bf16", 32, every)
+        yield _decode_build(target, config, 128, "fp16", 32, every)
+        yield from _around_decode(target)
 
 
 def _decode_build(
-    capability: int, config: DecodeConfig, size: int, dtype: str, block_r: int, features: tuple[str, ...] = (),
+    target: Target, config: DecodeConfig, size: int, dtype: str, block_r: int, features: tuple[str, ...] = (),
     gate: bool = False,
 ) -> Build:  # fmt: skip
     """A build of the kernel over keys."""
@@ -224,17 +264,17 @@ def _decode_build(
     constants: dict[str, Any] = {
         "UNIT": 16, "D": size, "E": size, "BLOCK_D": padded(size), "BLOCK_E": padded(size), "GROUP": GROUP,
         "BLOCK_R": block_r, "BLOCK_K": config.block_k, "INTERVALS": 2 if "intervals=2" in features else 1,
-        "MASK": int("mask" in features), "PRECISION": "ieee",
+        "MASK": _mask_kind(features), "PRECISION": "ieee",
     }  # fmt: skip
     name = " ".join(("attention_decode", dtype, f"{block_r}x{size}", *features))
     # For float32 the compiler prefers two programs per multiprocessor to the last registers: a few spills.
     allowance = 48 if dtype == "fp32" else 0
-    return _build(name, attention_decode, capability, config, types, constants, allowance, gate)
+    return _build(name, attention_decode, target, config, types, constants, allowance, gate)
 
 
-def _around_decode(capability: int) -> Iterator[Build]:
+def _around_decode(target: Target) -> Iterator[Build]:
     """The kernels before and after it."""
-    gate = capability == 90
+    gate = target == 90
     for dtype, sizes in (("bf16", (128, 256)), ("fp32", (256,))):
         for size in sizes:
             types: dict[str, Any] = dict.fromkeys(("p_q", "p_matrix", "p_turned"), f"*{dtype}")
@@ -247,12 +287,12 @@ def _around_decode(capability: int) -> Iterator[Build]:
             else:
                 types["p_matrix_rest"] = f"*{dtype}"
             name, allowance = f"attention_decode_turn {dtype} {size}", 48 if dtype == "fp32" else 0
-            yield _build(name, attention_decode_turn, capability, Launch(4, 3), types, constants, allowance, gate)
+            yield _build(name, attention_decode_turn, target, configs.AROUND_DECODE, types, constants, allowance, gate)
     for split in (False, True):
         features = ("pseudo", "fault", "split") if split else ()
         types = {"tensors": pointers(CombineTensors, "bf16"), "extras": _extras(features, "bf16")}
         constants = {"UNIT": 16, "E": 128, "BLOCK_E": 128, "GROUP": GROUP, "BLOCK_R": 32, "SPLIT": split}
         name = "attention_decode_combine" + (" split" if split else "")
         yield _build(
-            name, attention_decode_combine, capability, Launch(4, 3), types, constants, 0, gate and split
+            name, attention_decode_combine, target, configs.AROUND_DECODE, types, constants, 0, gate and split
         )  # fmt: skip

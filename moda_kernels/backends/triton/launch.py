@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moda_kernels.backends.triton import configs
 from moda_kernels.backends.triton.kernels.backward_keys import KeyTensors, attention_backward_keys
 from moda_kernels.backends.triton.kernels.backward_query import (
     QueryTensors,
@@ -171,7 +172,7 @@ def backward(
             "CHAINS": key_tiles.runs.shape[2] // 4 - 1,
         }  # fmt: skip
         kept[kind] = (
-            Ready(attention_row_sums, grid, q.device, ("tensors", "extras"), of_rows, num_warps=8),
+            Ready(attention_row_sums, grid, q.device, ("tensors", "extras"), of_rows, **vars(configs.ROW_SUMS)),
             _ready(attention_backward_query, (grid[0] * heads,), q, of_rows, query_config),
             _ready(attention_backward_keys, (key_tiles.tiles.shape[0] * k.shape[1],), q, of_keys, key_config),
         )

@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from moda_kernels.backends.triton import launch
+from moda_kernels.backends.triton import configs, launch
 from moda_kernels.backends.triton.kernels.decode import (
     CombineTensors,
     DecodeTensors,
@@ -126,15 +126,15 @@ def _launches(
         "UNIT": unit, "GROUP": group, "BLOCK_R": block_r, "BLOCK_K": block_k, "BLOCK_C": columns,
         "PRECISION": float32_dots(),
     }  # fmt: skip
-    of_calls = "tensors", "extras"
+    of_calls, around = ("tensors", "extras"), vars(configs.AROUND_DECODE)
     grid = cells, numbers.modalities, triton.cdiv(q.shape[-1], columns)
     of_map = "p_q", "p_matrix", "p_matrix_rest", "p_turned"
     return _Launches(
-        Ready(attention_decode_turn, grid, q.device, of_map, given, num_warps=4) if mapped else None,
+        Ready(attention_decode_turn, grid, q.device, of_map, given, **around) if mapped else None,
         Ready(
             attention_decode, (cells, shares, branches), q.device, of_calls, given, num_warps=warps, num_stages=stages
         ),
-        Ready(attention_decode_combine, (cells, rows * group), q.device, of_calls, given, num_warps=4),
+        Ready(attention_decode_combine, (cells, rows * group), q.device, of_calls, given, **around),
         cells, shares, block_r, numbers.modalities,
     )  # fmt: skip
 

@@ -16,7 +16,8 @@ from moda_kernels.alignment.maps import ModalityMap
 from moda_kernels.backends.triton import configs
 from moda_kernels.call import AttentionCall
 from moda_kernels.products.twin import Grouping
-from moda_kernels.runtime.launch import architecture, find, padded
+from moda_kernels.runtime.architectures import architecture
+from moda_kernels.runtime.launch import find, padded
 from moda_kernels.tokens.intervals import Passes, mask_intervals, passes_of
 from moda_kernels.tokens.layout import ModalityLayout, QueryRows
 from moda_kernels.tokens.pseudo import pseudo_counts
@@ -332,8 +333,8 @@ def configurations(call: AttentionCall, folded: bool) -> Configs:
     device = call.query.device
     if device.type != "cuda":
         return tuple(tuple(configs.INTERPRETED[kind].numbers()) for kind in ("forward", "query", "keys"))
-    capability, bits = architecture(device), torch.finfo(call.query.dtype).bits
+    table_of, bits = architecture(device), torch.finfo(call.query.dtype).bits
     size = max(padded(call.query.shape[-1]), padded(call.value.shape[-1]))
     forward = configs.FORWARD if call.attn_mask is None else configs.MASKED
     tables = (configs.FOLDED if folded else forward, configs.BACKWARD_QUERY, configs.BACKWARD_KEYS)
-    return tuple(tuple(find(table, capability, bits, size).numbers()) for table in tables)
+    return tuple(tuple(find(table, table_of, bits, size).numbers()) for table in tables)
