@@ -272,6 +272,22 @@ def test_a_loose_bound_of_segments_costs_no_launches(monkeypatch: pytest.MonkeyP
     assert launches(None, 2000)[: 2 * blocks] == forward * blocks
 
 
+def test_what_an_aligner_costs_a_layer() -> None:
+    """Of the scope "causal", once its layout is known: torch's operators (views and kernels left out)."""
+    with recorded() as recorder:
+        layout, counts = segmented(1100), []
+        for _ in range(2):
+            key, aligner = normal(2, 2, 1100, 64, grad=True), mk.DuplexAligner(64, 2, scope="causal", device=DEVICE)
+            recorder.operators.clear()
+            fused = mk.align_keys(key, aligner(key, layout), layout)
+            forward = [name for name in recorder.operators if name != "device"]
+            grad = torch.ones_like(fused)
+            recorder.operators.clear()
+            torch.autograd.grad(fused, (key, *aligner.parameters()), grad)
+            counts.append((len(forward), sum(name != "device" for name in recorder.operators)))
+    assert counts[1][0] <= 28 and counts[1][1] <= 20, counts
+
+
 def test_products_and_affinity() -> None:
     with recorded() as recorder:
         _, k, v = heads(150, 150, grad=True)
@@ -445,15 +461,21 @@ def test_nothing_is_kept_for_other_addresses_and_shapes() -> None:
 
 
 def test_no_length_compiles_anew() -> None:
-    fake_cuda.COMPILED.clear()
-    with recorded():
-        for length in (1000, 77, 1, 16):
-            q, k, v = heads(length, length, grad=True)
-            layout = segmented(length)
-            out = mk.moda_attention(q, k, v, layout=layout, is_causal=True, enable_gqa=True)
-            torch.autograd.grad(out.float().sum(), (q, k, v))
-    names = [name for name, _ in fake_cuda.COMPILED]
-    assert len(names) == len(set(names)), names
+    lengths = (1000, 77, 1, 16, 2, 15, 17, 31, 33, 48, 63, 64, 65, 100, 127, 128, 129, 255, 256, 2048)
+    for extra in ("", "bias and split", "mask"):
+        fake_cuda.COMPILED.clear()
+        with recorded():
+            for length in lengths:
+                q, k, v = heads(length, length, grad=True)
+                given: dict[str, Any] = {"is_causal": True}
+                if extra == "bias and split":
+                    given = {"pair_bias": normal(2, 4, 2, 2, dtype=torch.float32, grad=True), "duplex": "split"}
+                elif extra == "mask":
+                    given = {"attn_mask": torch.ones(2, 1, length, length, dtype=torch.bool, device=DEVICE)}
+                out = mk.moda_attention(q, k, v, layout=segmented(length), enable_gqa=True, **given)
+                torch.autograd.grad(out.float().sum(), (q, k, v))
+        names = [name for name, _ in fake_cuda.COMPILED]
+        assert len(names) == len(set(names)) == 4, names
     fake_cuda.COMPILED.clear()
     with recorded(), torch.no_grad():
         for length in (1000, 1001, 1024):
