@@ -400,3 +400,22 @@ def test_memory_of_a_million_tokens(rules: list[list[int]], passes: int, interva
     assert size <= 64 * 2**20
     of_walks = sum(t.nbytes for t in (*made.queries, *made.keys))
     assert of_walks <= tokens // 64 * 120 * passes * intervals  # linear in tiles
+
+
+def test_memory_is_linear_in_tokens() -> None:
+    """All tables of both directions, at the blocks of the kernels: 12 bytes a token for every pass of one interval, 20
+    of two, and under 2 for each of its walks' tiles."""
+    see = mk.Visibility
+    near = see.BEFORE | see.SEGMENT
+    rules = ((near, see.PAST, see.UPTO), (see.BEFORE, near, see.PAST), (see.PAST, see.UPTO, near))
+    for mask, walks_of_pass, passes in ((mk.ModularMask.causal(3), 1, 1), (mk.ModularMask(rules), 2, 3)):
+        for length in (4096, 16384):
+            ids = (torch.arange(length) // 64 % 3)[None]
+            layout = mk.segment_modalities(ids, num_modalities=3, max_segments=length // 64)
+            forward = tiles.mask_tiles(layout, mask, 128, 64, of_keys=False)
+            backward = tiles.mask_tiles(layout, mask, 64, 128, of_queries=False)
+            assert forward.queries is not None and backward.keys is not None
+            assert forward.limits.shape[:2] == (passes, walks_of_pass)
+            made = (forward.limits, forward.positions, *forward.queries, *backward.keys)
+            most = passes * (4 + 8 * walks_of_pass + 2 * walks_of_pass)
+            assert sum(t.numel() * t.element_size() for t in made) <= most * length
