@@ -13,7 +13,7 @@ import contextlib
 
 from moda_kernels.integrations.transformers.attention import register
 from moda_kernels.integrations.transformers.ids import modality_ids
-from moda_kernels.integrations.transformers.model import disable, enable
+from moda_kernels.integrations.transformers.model import disable, enable, require_transformers
 from moda_kernels.integrations.transformers.packing import PackingCollator
 from moda_kernels.integrations.transformers.parallel import context_parallel
 from moda_kernels.integrations.transformers.released import load_released
@@ -21,4 +21,5 @@ from moda_kernels.integrations.transformers.released import load_released
 __all__ = ["PackingCollator", "context_parallel", "disable", "enable", "load_released", "modality_ids"]
 
 with contextlib.suppress(ImportError):  # none, or an old one: enable() says so
+    require_transformers()
     register()

@@ -309,10 +309,10 @@ def _known() -> dict[Any, str]:
         "chunk": m.chunked_overlay(1, nothing),
         "padding": m.padding_mask_function(nothing),
         "packed": m.packed_sequence_mask_function(nothing),
-        "remapped": m.remap_positions_for_packed_sequence(m.causal_mask_function, nothing),
+        "blocks": m.blockwise_overlay(nothing),
     }
-    if hasattr(m, "blockwise_overlay"):
-        made["blocks"] = m.blockwise_overlay(nothing)
+    if hasattr(m, "remap_positions_for_packed_sequence"):  # from 5.23 on
+        made["remapped"] = m.remap_positions_for_packed_sequence(m.causal_mask_function, nothing)
     return {function.__code__: name for name, function in made.items()}
 
 

@@ -23,7 +23,7 @@ from moda_kernels.tokens.mask import ModularMask
 from moda_kernels.tokens.pseudo import PseudoAttention
 
 #: The oldest transformers with everything this needs.
-OLDEST = (5, 0)
+OLDEST = (5, 22)
 _HANDLES = "moda_handles"
 
 
@@ -73,13 +73,13 @@ def enable(
         The model.
 
     Raises:
-        ImportError: no transformers, or one older than 5.0.
+        ImportError: no transformers, or one older than 5.22.
         NotImplementedError: a model that isn't known to stay as it is, by name and with the line of `families.py` to
             add.
         TypeError, ValueError: not such a model, enabled already, unknown layers, a mask for another M, options other
             than those that its aligners were saved with, or no saved parameters found.
     """
-    _require_transformers()
+    require_transformers()
     base = _unwrapped(model)
     if fusion == "released" and scope != "sequence":
         raise checks.wrong_value("scope", "'sequence' with fusion='released'", scope)
@@ -200,7 +200,8 @@ def _heads(model: Any) -> Heads | None:
     return Heads(mesh, mesh.size() > 1, 0)
 
 
-def _require_transformers() -> None:
+def require_transformers() -> None:
+    """Raise an ImportError where there is no transformers, or an old one."""
     advice = 'pip install "moda_kernels[transformers]"'
     try:
         import transformers
@@ -208,7 +209,8 @@ def _require_transformers() -> None:
         raise ImportError(f"moda_kernels.integrations.transformers needs transformers: {advice}") from None
     numbers = re.findall(r"\d+", transformers.__version__)
     if tuple(map(int, numbers[:2])) < OLDEST:
-        raise ImportError(f"transformers: expected 5.0 or newer, got {transformers.__version__}: {advice}")
+        needed = "{}.{}".format(*OLDEST)
+        raise ImportError(f"transformers: expected {needed} or newer, got {transformers.__version__}: {advice}")
 
 
 def _unwrapped(model: Any) -> Any:
