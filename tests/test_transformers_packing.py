@@ -25,6 +25,17 @@ def documents(family: str) -> list[dict[str, Tensor]]:
     return [made[0], {name: t[1:] for name, t in text.items()}, made[1]]
 
 
+def as_video(document: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A document of Qwen's with a video in the place of its picture."""
+    ids, kinds = document["input_ids"], document["mm_token_type_ids"]
+    names = {"pixel_values": "pixel_values_videos", "image_grid_thw": "video_grid_thw"}
+    made = {names.get(name, name): t for name, t in document.items()}
+    return made | {
+        "input_ids": torch.where(ids == vlm.IMAGE, vlm.VIDEO, ids),
+        "mm_token_type_ids": torch.where(kinds == 1, 2, kinds),
+    }
+
+
 def alone(document: dict[str, Tensor]) -> dict[str, Tensor]:
     """Without padding."""
     real = document["attention_mask"][0] > 0
@@ -46,11 +57,14 @@ def gradients(model: Any) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("bounds", [False, True])
-@pytest.mark.parametrize("family", vlm.FAMILIES)
-def test_pictures_in_packed_rows(family: str, bounds: bool) -> None:
+@pytest.mark.parametrize(
+    ("family", "bounds", "video"),
+    [(f, b, False) for f in vlm.FAMILIES for b in (False, True)] + [("qwen2_vl", False, True)],
+)
+def test_pictures_in_packed_rows(family: str, bounds: bool, video: bool) -> None:
     model = vlm.randomised(enable(vlm.make(family))).double()
     given = documents(family)
+    given[2] = as_video(given[2]) if video else given[2]
     row = PackingCollator(model, bounds=bounds)(given)
     assert ("cu_seq_lens_q" in row) == bounds and "attention_mask" not in row
     if bounds and row["position_ids"].dim() == 2:
