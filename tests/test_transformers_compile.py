@@ -56,9 +56,12 @@ def rows(model: Any, length: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("enabled", [True, False])
-@pytest.mark.parametrize("kind", ["llava", "gemma3", "mistral3"])
-def test_any_length_in_two_graphs(kind: str, enabled: bool) -> None:
+@pytest.mark.parametrize(
+    ("kind", "enabled", "backend"),
+    [(kind, enabled, "reference") for kind in ("llava", "gemma3", "mistral3") for enabled in (True, False)]
+    + [("llava", True, "cpu"), ("mistral3", False, "cpu")],
+)
+def test_any_length_in_two_graphs(kind: str, enabled: bool, backend: str) -> None:
     model = tiny.model(kind, **({} if kind == "gemma3" else {"num_hidden_layers": 1}))  # (its two are of two kinds)
     if enabled:
         vlm.randomised(enable(model))
@@ -66,7 +69,7 @@ def test_any_length_in_two_graphs(kind: str, enabled: bool) -> None:
         model.set_attn_implementation("moda")
     model(**rows(model, 13))  # transformers' own lock asks for one eager call
     whole, counting = compiled(model)
-    with torch.no_grad():
+    with torch.no_grad(), mk.use_backend(backend):
         for length in (14, 17, 20, 16, 31, 23, 40, 18, 25, 50):
             x = rows(model, length)
             torch.testing.assert_close(whole(**x, use_cache=False).logits, model(**x, use_cache=False).logits, **CLOSE)
@@ -88,15 +91,16 @@ def test_a_text_model_alone() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llava", "gemma3"])
-def test_training_with_padding(family: str) -> None:
+@pytest.mark.parametrize(("family", "backend"), [("llava", "cpu"), ("gemma3", "reference")])
+def test_training_with_padding(family: str, backend: str) -> None:
     model, x = vlm.randomised(enable(vlm.make(family))).train(), vlm.inputs(family)
     labels = torch.where(x["attention_mask"] > 0, x["input_ids"], -100)
     whole = torch.compile(model, fullgraph=True, backend="aot_eager")
     results = []
     for run in (model, whole):
         model.zero_grad()
-        loss = run(**x, labels=labels, use_cache=False).loss
+        with mk.use_backend(backend):
+            loss = run(**x, labels=labels, use_cache=False).loss
         loss.backward()
         grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         results.append((loss.detach(), grads))
@@ -165,8 +169,8 @@ def test_facts_found_in_a_trace_are_those_that_are_read(kind: str, padded: bool)
     assert torch.equal(got, make())
 
 
-@pytest.mark.parametrize("enabled", [True, False])
-def test_decoding_with_a_static_cache(enabled: bool) -> None:
+@pytest.mark.parametrize(("enabled", "backend"), [(True, "reference"), (True, "cpu"), (False, "reference")])
+def test_decoding_with_a_static_cache(enabled: bool, backend: str) -> None:
     """One graph for the first step and one for all others, beyond `undo` and up to the cache's last column."""
     model, steps = tiny.model("llama", num_hidden_layers=1), range(8, 51)
     if enabled:
@@ -177,7 +181,7 @@ def test_decoding_with_a_static_cache(enabled: bool) -> None:
     kinds = (torch.arange(steps.start) % 5 < 2).long().expand(2, -1)
     cache = transformers.StaticCache(config=model.config, max_cache_len=steps.stop)
     whole, counting = compiled(model)
-    with torch.no_grad(), modality_ids(kinds, rest=0):
+    with torch.no_grad(), modality_ids(kinds, rest=0), mk.use_backend(backend):
         expected = model(ids, use_cache=False).logits
         model(ids[:, : steps.start], past_key_values=cache)
         for i in steps:
