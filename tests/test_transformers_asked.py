@@ -165,13 +165,16 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "paligemma", "llama4"])
 def test_nothing_of_queries_times_keys_is_made(kind: str) -> None:
     model, length = tiny.model(kind), 400
+    if kind == "llama4":  # the whole model of transformers 5.24 fails where no images are given
+        model = model.language_model
     ids = torch.randint(20, 90, (1, length))
     ids[:, 10:60] = vlm.IMAGE
     x = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     x["attention_mask"][:, :3] = 0
-    if kind in ("gemma3", "paligemma"):
+    whole = kind in ("gemma3", "paligemma")
+    if whole:
         x["token_type_ids"] = (ids == vlm.IMAGE).long()
-    model.set_attn_implementation({"text_config": IMPLEMENTATION} if kind != "llama" else IMPLEMENTATION)
+    model.set_attn_implementation({"text_config": IMPLEMENTATION} if whole else IMPLEMENTATION)
     cache = transformers.StaticCache(config=model.config.get_text_config(), max_cache_len=length + 4)
     with torch.no_grad(), Largest() as largest:
         model(**x, use_cache=False)
