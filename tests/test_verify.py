@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moda_kernels import __main__ as command_line
 from moda_kernels import backends, reference, testing
-from moda_kernels.backends.cpu import rectangles
+from moda_kernels.backends.cpu import kernel
 from moda_kernels.call import AttentionCall
 from moda_kernels.commands import verify
 
@@ -115,9 +115,9 @@ def test_a_fault_around_the_kernel_is_found(
     fault: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Torch's kernel is a yardstick, so what is done with its results must not hide behind its error."""
-    name = "_forward" if fault.__code__.co_argcount == 2 else "_backward"
-    kernel = getattr(rectangles, name)
-    monkeypatch.setattr(rectangles, name, lambda *args, **kwargs: fault(*kernel(*args, **kwargs)))
+    name = "forward" if fault.__code__.co_argcount == 2 else "backward"
+    run = getattr(kernel, name)
+    monkeypatch.setattr(kernel, name, lambda *args, **kwargs: fault(*run(*args, **kwargs)))
     assert command_line.main([*QUICK, "--backends", "cpu", "--features", "masks;value size, scale;split"]) == 1
     printed = capsys.readouterr().out
     assert "WRONG, value size, scale on cpu cpu float32: joint_scale" in printed

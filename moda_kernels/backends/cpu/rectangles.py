@@ -5,26 +5,14 @@ backward is one ATen call per rectangle too, and nothing of size rows × keys is
 """
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moda_kernels.backends.cpu import kernel
 from moda_kernels.backends.cpu.plan import Block, Job, OneCall, Plan, Span, additive, size_of
 from moda_kernels.products.twin import compute_dtype
-
-
-def _forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    # Looked up here: a torch that doesn't have it must still import this package.
-    result: tuple[Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args, **kwargs)
-    return result
-
-
-def _backward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    result: tuple[Tensor, Tensor, Tensor] = operator(*args, **kwargs)
-    return result
 
 
 def neighbours(x: Tensor) -> Tensor:
@@ -66,14 +54,8 @@ def attend(
             parts = []
             for block in region.blocks:
                 mask, hidden = _additive(block, given, query.dtype)
-                part_out, part_lse = _forward(
-                    q_rows,
-                    _take(k, block.keys),
-                    _take(v, block.keys),
-                    0.0,
-                    block.causal and mask is None,
-                    attn_mask=mask,
-                    scale=scale,
+                part_out, part_lse = kernel.forward(
+                    q_rows, _take(k, block.keys), _take(v, block.keys), block.causal and mask is None, mask, scale
                 )
                 # A row without a visible key comes with lse 0.
                 parts.append((part_out, part_lse if hidden is None else part_lse.masked_fill(hidden, -math.inf)))
@@ -113,7 +95,7 @@ def gradients(
     one = plan.one
     if attn_mask is None and one is not None and one.keys is None:  # all see something
         together = [_documents(t, one.documents) for t in (dout, query, key, value, out, lse)]
-        grads = _backward(*together, 0.0, one.causal, attn_mask=one.mask, scale=scale)
+        grads = kernel.backward(*together, 0.0, one.causal, attn_mask=one.mask, scale=scale)
         dquery, dkey, dvalue = (_side_by_side(t, one.documents) for t in grads)
         if dlse is not None:
             dquery, dkey, dvalue = dquery[..., :dim], dkey[..., :dim], dvalue[..., :dim]
@@ -131,7 +113,7 @@ def gradients(
             total = None
             for block in region.blocks:
                 mask, _ = _additive(block, given, query.dtype)
-                grads = _backward(
+                grads = kernel.backward(
                     do,
                     q,
                     _take(k, block.keys),
@@ -165,7 +147,7 @@ def attend_at_once(query: Tensor, key: Tensor, value: Tensor, one: OneCall, scal
         key, value = _take(key, one.keys), _take(value, one.keys)
     if one.documents > 1:
         query, key, value = (_documents(t, one.documents) for t in (query, key, value))
-    out, lse = _forward(query, key, value, 0.0, one.causal, attn_mask=one.mask, scale=scale)
+    out, lse = kernel.forward(query, key, value, one.causal, one.mask, scale)
     if one.documents > 1:
         return _side_by_side(out, one.documents), _side_by_side(lse, one.documents)
     return out, lse
