@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 import moda_kernels
 from moda_kernels import backends
+from moda_kernels.backends.cpu import routes
 from moda_kernels.backends.flex import options
 from moda_kernels.call import AttentionCall
 from moda_kernels.runtime import backend_name, native
@@ -30,6 +31,7 @@ VARIABLES = {
     backend_name.ENVIRONMENT: "names a backend for the whole process",
     options.ENVIRONMENT: "options of FlexAttention, as JSON",
     trials.ENVIRONMENT: "1 tries Triton kernels before they are trusted, 0 doesn't",
+    routes.ENVIRONMENT: "how the CPU computes in 16 bits: measure, features, own or float32",
     "MODA_KERNELS_AUTOTUNE": "1 searches for the Triton kernels' fastest configurations",
     "MODA_KERNELS_NATIVE": "0 switches the native extension off",
 }
@@ -51,6 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
         ("Machine", machine()),
         ("Native extension", native_extension()),
         ("Backends", backends_here()),
+        ("16 bits on the CPU", cpu_routes()),
         ("Environment", environment()),
     ):
         _section(title, rows)
@@ -96,6 +99,17 @@ def cpu_model(info: Path = Path("/proc/cpuinfo")) -> str:
 def driver(info: Path = Path("/proc/driver/nvidia/version")) -> str:
     """The NVIDIA driver's version line, where the system tells."""
     return info.read_text().splitlines()[0].removeprefix("NVRM version:").strip() if info.exists() else "unknown"
+
+
+def cpu_routes() -> Rows:
+    """Which numbers of 16 bits the backend "cpu" makes float32 first, and why."""
+    rows = []
+    for dtype in routes.DTYPES:
+        made = routes.choice(dtype, os.environ.get(routes.ENVIRONMENT) or "measure")
+        wide = [kind for kind, route in made.routes.items() if route == routes.FLOAT32]
+        said = "as it is" if not wide else f"in float32: {'all' if len(wide) == len(routes.KINDS) else '; '.join(wide)}"
+        rows += [(str(dtype).removeprefix("torch."), said), ("", made.why)]
+    return rows
 
 
 def native_extension() -> Rows:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moda_kernels.backends.cpu import rectangles
+from moda_kernels.backends.cpu import rectangles, routes
 from moda_kernels.backends.cpu.plan import Plan, make_plan
 from moda_kernels.products.twin import compute_dtype
 from moda_kernels.runtime.operators import (
@@ -248,9 +248,12 @@ def apply(
             out = _op_attend(*tensors, *places.arguments(), scale)
         return out
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    if plan.one is not None and extra is None and attn_mask is None and not (differentiable and return_lse):
-        out = rectangles.attend_at_once(query, key, value, plan.one, scale)
-        return (out[0], out[1].contiguous()) if return_lse else out
+    one = plan.one if extra is None and attn_mask is None else None
+    if one is not None and not (differentiable and return_lse):
+        passes = (False, True) if differentiable else (False,)
+        if query.dtype.itemsize > 2 or not any(routes.widens(query.dtype, each, plan.rows) for each in passes):
+            out = rectangles.attend_at_once(query, key, value, one, scale)
+            return (out[0], out[1].contiguous()) if return_lse else out
     if not differentiable:
         return rectangles.attend(*tensors, plan, scale)
     out = plain_apply(RectangleAttention).apply(*tensors, places, scale)

@@ -81,10 +81,12 @@ class Plan(NamedTuple):
 
     Attributes:
         jobs: all of them. one: if it is a single one, how to make that and nothing else.
+        rows: of a call, on average.
     """
 
     jobs: list[Job]
     one: OneCall | None
+    rows: int
 
 
 def make_plan(
@@ -98,20 +100,22 @@ def make_plan(
     """As `make_jobs`, for numbers of a dtype."""
     costs = NARROW_COSTS if dtype.itemsize == 2 else COSTS
     jobs = make_jobs(intervals, passes, cu_seqlens, cu_seqlens_q, packed, costs)
+    sizes = [size_of(block.rows) for job in jobs for region in job.regions for block in region.blocks]
+    plan = Plan(jobs, None, sum(sizes) // max(len(sizes), 1))
     if len(jobs) != 1 or len(jobs[0].regions) != 1 or len(jobs[0].regions[0].blocks) != 1:
-        return Plan(jobs, None)
+        return plan
     (job,) = jobs
     (block,) = job.regions[0].blocks
     batch = 1 if packed else cu_seqlens.numel() - 1
     rows, keys = intervals.limits.shape[3] // batch, intervals.positions.shape[1] // batch
     all_rows = isinstance(block.rows, slice) and size_of(block.rows) * job.documents == rows
     if not all_rows or block.hidden is not None or job.batch not in (slice(None), slice(0, batch)):
-        return Plan(jobs, None)
+        return plan
     all_keys = isinstance(block.keys, slice) and size_of(block.keys) * job.documents == keys
     if job.documents > 1 and not all_keys:
-        return Plan(jobs, None)
+        return plan
     mask = None if block.mask is None else additive(block.mask, dtype)
-    return Plan(jobs, OneCall(None if all_keys else block.keys, block.causal, mask, job.documents))
+    return plan._replace(one=OneCall(None if all_keys else block.keys, block.causal, mask, job.documents))
 
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moda_kernels.backends.cpu import kernel
+from moda_kernels.backends.cpu import kernel, routes
 from moda_kernels.backends.cpu.plan import Block, Job, OneCall, Plan, Span, additive, size_of
 from moda_kernels.products.twin import compute_dtype
 
@@ -37,6 +37,9 @@ def attend(
         attn_mask: additive, ``[B or 1, Hq or 1, Lq or 1, L or 1]`` in lse's dtype, without gradient; or None.
         plan: the rectangles; rows in none of them get output 0. scale: τ⁻¹.
     """
+    if routes.widens(query.dtype, False, plan.rows):
+        out, lse = attend(query.float(), key.float(), value.float(), extra, attn_mask, _wide(plan), scale)
+        return out.to(query.dtype), lse
     if extra is None and attn_mask is None and plan.one is not None:
         out, lse = attend_at_once(query, key, value, plan.one, scale)
         return out, lse.contiguous()
@@ -78,6 +81,10 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Those of query, key, value (`rows_first`) and extra (without one, of no meaning), given those of the results of
     `attend` (dlse: None for 0)."""
+    if routes.widens(query.dtype, True, plan.rows):
+        q, k, v, o, do = (x.float() for x in (query, key, value, out, dout))
+        dq, dk, dv, dextra = gradients(q, k, v, extra, attn_mask, o, lse, do, dlse, _wide(plan), scale)
+        return dq.to(query.dtype), dk.to(query.dtype), dv.to(query.dtype), dextra
     wide = lse.dtype
     dextra = lse.new_zeros(())
     if extra is not None:
@@ -132,6 +139,13 @@ def gradients(
             _put(of_rows[4], region.rows, total)
     narrow = [t[..., :dim].to(query.dtype) for t in (dquery, dkey, dvalue)]
     return narrow[0], narrow[1], narrow[2], dextra
+
+
+def _wide(plan: Plan) -> Plan:
+    """For numbers made float32."""
+    if plan.one is None or plan.one.mask is None:
+        return plan
+    return plan._replace(one=plan.one._replace(mask=plan.one.mask.float()))
 
 
 def rows_first(x: Tensor, dtype: torch.dtype) -> Tensor:
