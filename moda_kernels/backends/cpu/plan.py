@@ -11,6 +11,7 @@ Everything is found from `Intervals` alone, natively (`csrc/plan.cpp`) or by the
 no rule is known here. Spans are in query rows and key columns of one sequence, on the host.
 """
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -149,12 +150,17 @@ def make_jobs(
     masks = hidden = torch.empty(0, dtype=torch.bool, device="cpu")
     if masked:
         masks, hidden = planner.plan_masks(*where, calls, indices, sizes)
-    some_hidden = bool(hidden.any())
-    indices = indices.long()
+    # Tensors are cut all at once: one by one that takes longer than all planning.
+    parts = iter(masks.split([call[4] * call[7] for call in masked]))
+    ends = list(itertools.accumulate((call[4] for call in masked), initial=0))
+    hides = (
+        torch.cat((hidden.new_zeros(1, dtype=torch.int32), hidden.cumsum(0, dtype=torch.int32)))[ends].diff().tolist()
+    )
+    chosen = _cut(indices.long(), rows)
 
     jobs: list[Job] = []
     bounds, query_bounds = (cu_seqlens.tolist(), cu_seqlens_q.tolist()) if packed else ([], [])
-    at = row_at = 0  # in masks and hidden
+    nth = 0  # of the masked calls
     row = key = 0  # where spans begin
     before = -1
     regions: list[Region] = []
@@ -173,14 +179,14 @@ def make_jobs(
                 if not jobs or jobs[-1].documents > 1:
                     jobs.append(Job(slice(0, 1), slice(None), slice(None), []))
                 regions = jobs[-1].regions
-        mask = hides = None
+        mask = none_seen = None
         if kind == MASKED:
-            mask = masks[at : at + count * keys].view(count, keys)
-            hides = hidden[row_at : row_at + count] if some_hidden else None
-            hides = hides if hides is not None and bool(hides.any()) else None
-            at, row_at = at + count * keys, row_at + count
-        span = _span(row, count, row_start, row_offset, indices)
-        block = Block(span, _span(key, keys, key_start, key_offset, indices), kind == CAUSAL, mask, hides)
+            mask = next(parts).view(count, keys)
+            none_seen = hidden[ends[nth] : ends[nth + 1]] if hides[nth] else None
+            nth += 1
+        span = _span(row, count, row_start, chosen.get(row_offset))
+        keys_span = _span(key, keys, key_start, chosen.get(key_offset))
+        block = Block(span, keys_span, kind == CAUSAL, mask, none_seen)
         if begins:
             regions.append(Region(span, (block,)))
         else:
@@ -188,10 +194,16 @@ def make_jobs(
     return jobs
 
 
-def _span(begin: int, count: int, start: int, offset: int, indices: Tensor) -> Span:
-    if start >= 0:
+def _cut(indices: Tensor, calls: list[list[int]]) -> dict[int, Tensor]:
+    """What calls have in `indices`, by where it begins there."""
+    sizes = {call[at + 2]: call[at] for call in calls for at in (4, 7) if call[at + 1] < 0}
+    begins = sorted(sizes)
+    return dict(zip(begins, indices.split([sizes[begin] for begin in begins]), strict=True))
+
+
+def _span(begin: int, count: int, start: int, chosen: Tensor | None) -> Span:
+    if chosen is None:
         return slice(begin + start, begin + start + count)
-    chosen = indices[offset : offset + count]
     return chosen + begin if begin else chosen
 
 
