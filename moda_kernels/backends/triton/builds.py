@@ -52,7 +52,7 @@ TABLES = {
 STACK: Mapping[tuple[str, Target], int] = {
     ("forward", 80): 64, ("forward", 90): 0, ("forward", 100): 0,
     ("folded", 80): 64, ("folded", 90): 0, ("folded", 100): 0,
-    ("query", 80): 64, ("query", 90): 16, ("query", 100): 16,
+    ("query", 80): 64, ("query", 86): 16, ("query", 90): 16, ("query", 100): 16,
     ("keys", 80): 64, ("keys", 90): 8, ("keys", 100): 64,
 }  # fmt: skip
 
