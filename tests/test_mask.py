@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 import moda_kernels as mk
 from moda_kernels.testing import generator, random_ids, random_layout, random_mask
+from moda_kernels.tokens import intervals
 
 H, P, S, A = 0, 1, 2, 4  # hidden, past, segment, all
 M = mk.ModularMask
@@ -269,3 +270,8 @@ def test_mask_of_another_size() -> None:
     ):
         with pytest.raises(ValueError, match=r"mask: expected 2 x 2 rules.*got 3 x 3"):
             ask()
+
+
+def test_numbers_of_rules_are_those_of_their_names() -> None:
+    numbers = {name: value for name, value in vars(intervals._V).items() if name.isupper()}
+    assert numbers == {"HIDDEN": 0} | {flag.name: flag.value for flag in mk.Visibility}

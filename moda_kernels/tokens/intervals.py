@@ -9,6 +9,7 @@ behind the intervals (what is visible, how many keys, which tiles and rectangles
 
 import enum
 import functools
+from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -49,7 +50,10 @@ class Visibility(enum.IntFlag):
     CHUNK = 32
 
 
-_V = Visibility
+class _V:
+    """The same as plain numbers: compilers trace these with every torch (2.11's can't trace flags)."""
+
+    HIDDEN, PAST, SEGMENT, ALL, BEFORE, UPTO, CHUNK = 0, 1, 2, 4, 8, 16, 32
 
 
 class Rules(Protocol):
@@ -83,7 +87,7 @@ class Pass(NamedTuple):
     branch: int
     roles: tuple[int, ...]
     modality: int | None
-    rules: tuple[Visibility, ...]
+    rules: tuple[int, ...]
     own: bool | None
 
 
@@ -128,8 +132,8 @@ def make_passes(
     """
     count = len(mask.rules)
     clamped = mask.window is not None and mask.window_on == "past"
-    table = [[_reduced(mask.rules[a][b], a == b, clamped) for b in range(count)] for a in range(count)]
-    groups: dict[tuple[Visibility | int, ...], list[int]] = {}
+    table = [[_reduced(mask.rules[a][b].value, a == b, clamped) for b in range(count)] for a in range(count)]
+    groups: dict[tuple[int, ...], list[int]] = {}
     for b in range(count):
         column = [table[a][b] for a in range(count)]
         alone = b if any(rule & (_V.BEFORE | _V.UPTO) for rule in column) else -1
@@ -144,7 +148,7 @@ def make_passes(
                 roles = tuple(group)
                 if modality is not None and not own_roles:
                     roles = tuple(b for b in group if b == modality)
-                rules = [functools.reduce(_V.__or__, (table[a][b] for b in roles), _V.HIDDEN) for a in range(count)]
+                rules = [_united(table[a][b] for b in roles) for a in range(count)]
                 rows = own
                 if own is not None and not own_roles:
                     # A row's role says its modality.
@@ -156,7 +160,14 @@ def make_passes(
     return Passes(tuple(passes), 2 if two else 1, starts[1] if split else len(passes))
 
 
-def _reduced(rule: Visibility, same: bool, clamped: bool) -> Visibility:
+def _united(rules: Iterable[int]) -> int:
+    united = 0
+    for rule in rules:
+        united |= rule
+    return united
+
+
+def _reduced(rule: int, same: bool, clamped: bool) -> int:
     """A rule without the flags that say nothing beside the others.
 
     Args:
@@ -177,7 +188,7 @@ def _reduced(rule: Visibility, same: bool, clamped: bool) -> Visibility:
     return rule
 
 
-def _apart(rule: Visibility, same: bool, clamped: bool) -> bool:
+def _apart(rule: int, same: bool, clamped: bool) -> bool:
     """Whether a prefix may end before the interval at the row begins, for a reduced rule."""
     near = rule & (_V.PAST | _V.SEGMENT | _V.CHUNK)
     if not near or not rule & (_V.BEFORE | _V.UPTO):
@@ -210,7 +221,7 @@ def mask_intervals(
     def make() -> Intervals:
         facts = (layout.modality, layout.role, layout.position, layout.segment, layout.step, layout.chunk)
         members = [
-            int(rule) | (_MEMBER if a in each.roles else 0) for each in made.passes for a, rule in enumerate(each.rules)
+            rule | (_MEMBER if a in each.roles else 0) for each in made.passes for a, rule in enumerate(each.rules)
         ]
         modalities = [-1 if each.modality is None else each.modality for each in made.passes]
         own = [-1 if each.own is None else int(each.own) for each in made.passes]
