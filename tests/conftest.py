@@ -4,6 +4,9 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+# Tests are many tiny tensors: threads would only wait for each other, NumPy's under Triton's interpreter, too.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import pytest
 import torch
 
@@ -41,7 +44,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(skip)
 
 
-# Tests are many tiny tensors: threads would only wait for each other.
 torch.set_num_threads(1)
 
 

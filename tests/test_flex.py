@@ -68,6 +68,7 @@ def test_compiled_forward(name: str, dtype: torch.dtype) -> None:
     assert all(c.good for c in wrong), str(wrong)
 
 
+@pytest.mark.exhaustive
 @compiled
 def test_a_caller_compiles_whole() -> None:
     """With what makes its tensors and what becomes of its output, and sizes that vary."""

@@ -325,7 +325,14 @@ def loss(q: Tensor, k: Tensor, v: Tensor, layout: mk.ModalityLayout, base: Tenso
     return out.float().sin().sum() + lse.sum()
 
 
-@pytest.mark.parametrize(("scope", "dynamic"), [(None, None), ("sequence", None), ("causal", True)])
+@pytest.mark.parametrize(
+    ("scope", "dynamic"),
+    [
+        pytest.param(None, None, marks=pytest.mark.exhaustive),
+        pytest.param("sequence", None, marks=pytest.mark.exhaustive),
+        ("causal", True),
+    ],
+)
 def test_compiles_whole_and_once(scope: str | None, dynamic: bool | None, always_fold: None) -> None:
     torch._dynamo.reset()
     aligner = None if scope is None else mk.DuplexAligner(16, 2, scope=scope, device=DEVICE)
