@@ -53,7 +53,9 @@ class Visibility(enum.IntFlag):
 class _V:
     """The same as plain numbers: compilers trace these with every torch (2.11's can't trace flags)."""
 
-    HIDDEN, PAST, SEGMENT, ALL, BEFORE, UPTO, CHUNK = 0, 1, 2, 4, 8, 16, 32
+    HIDDEN = Visibility.HIDDEN.value
+    PAST, SEGMENT, ALL = Visibility.PAST.value, Visibility.SEGMENT.value, Visibility.ALL.value
+    BEFORE, UPTO, CHUNK = Visibility.BEFORE.value, Visibility.UPTO.value, Visibility.CHUNK.value
 
 
 class Rules(Protocol):
