@@ -1,6 +1,7 @@
 """For tests, benchmarks and `verify`: cases of attention, the oracle and the error criterion.
 
-`cases.py` makes inputs; `oracle.py` runs and judges them. `fuzz.py` makes random ones; `dense.py` is a second oracle.
+`cases.py` makes inputs; `oracle.py` runs and judges them. `random_calls.py` draws calls of every option at once,
+`fuzz.py` judges them; `dense.py` is a second oracle.
 """
 
 from moda_kernels.testing.cases import (
