@@ -452,6 +452,31 @@ def test_few_rows(dtype: torch.dtype, rows: int, group: int, threads: int, monke
     assert bool(split) == (threads > 1)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_heads_of_a_group_as_rows(dtype: torch.dtype, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ATen's kernel does it head by head, whatever the strides."""
+    monkeypatch.setattr(kernel, "LEAST_KEYS", 35)
+    together = []
+    monkeypatch.setattr(kernel, "_grouped", lambda *a, run=kernel._grouped: together.append(a) or run(*a))
+    q, dout = (torch.randn(2, 70, 6, 8, dtype=dtype).transpose(1, 2) for _ in range(2))
+    k, v = (torch.randn(2, 2, 35, 8, dtype=dtype) for _ in range(2))
+    mask = torch.zeros(2, 6, 70, 35, dtype=dtype).masked_fill(torch.rand(2, 6, 70, 35) < 0.3, -math.inf)
+    mask = mask if masked else None
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    out, lse = kernel.forward(q, k, v, False, mask, 0.3)
+    assert bool(together) != masked
+    expected = kernel._kernel(q, k, v, False, mask, 0.3)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close((out, lse), expected, **tolerance)
+    together.clear()
+    got = kernel.backward(dout, q, k, v, *expected, False, mask, 0.3)
+    assert bool(together) == (dtype == torch.bfloat16)
+    operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    grads = operator(dout, q, k, v, *expected, 0.0, False, attn_mask=mask, scale=0.3)
+    torch.testing.assert_close(got, tuple(grads), **tolerance)
+
+
 @pytest.mark.parametrize("which", ["query", "key", "value", "d out"])
 def test_rows_whose_numbers_are_apart(which: str) -> None:
     """ATen's kernel takes a last stride of 1 for granted."""

@@ -102,7 +102,7 @@ def gradients(
     one = plan.one
     if attn_mask is None and one is not None and one.keys is None:  # all see something
         together = [_documents(t, one.documents) for t in (dout, query, key, value, out, lse)]
-        grads = kernel.backward(*together, 0.0, one.causal, attn_mask=one.mask, scale=scale)
+        grads = kernel.backward(*together, one.causal, one.mask, scale)
         dquery, dkey, dvalue = (_side_by_side(t, one.documents) for t in grads)
         if dlse is not None:
             dquery, dkey, dvalue = dquery[..., :dim], dkey[..., :dim], dvalue[..., :dim]
@@ -127,10 +127,9 @@ def gradients(
                     _take(v, block.keys),
                     o,
                     s,
-                    0.0,
                     block.causal and mask is None,
-                    attn_mask=mask,
-                    scale=scale,
+                    mask,
+                    scale,
                 )
                 total = grads[0] if total is None else total.to(wide) + grads[0]
                 _add(dk, block.keys, grads[1])

@@ -128,7 +128,7 @@ def _times(dtype: torch.dtype) -> dict[str, tuple[float, float]]:
 def _run(given: list[Tensor], lse: Tensor, backward: bool, wide: bool) -> None:
     dout, q, k, v, out = (x.float() for x in given) if wide else given
     if backward:
-        made: tuple[Tensor, ...] = kernel.backward(dout, q, k, v, out, lse, 0.0, False, scale=0.125)
+        made: tuple[Tensor, ...] = kernel.backward(dout, q, k, v, out, lse, False, None, 0.125)
     else:
         made = kernel.forward(q, k, v, False, None, 0.125)[:1]
     if wide:
