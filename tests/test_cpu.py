@@ -236,6 +236,27 @@ def test_equal_documents_share_calls(fewer: bool) -> None:
             torch.testing.assert_close(got, expected)
 
 
+def test_unequal_documents_are_calls_side_by_side() -> None:
+    """One call each, forward and backward, their results put together at once; none for a document without tokens."""
+    lengths = [9, 5, 0, 12]
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    layout = mk.segment_modalities(torch.arange(26) // 4 % 2, num_modalities=2, cu_seqlens=bounds)
+    leaves = [torch.randn(26, heads, 8, requires_grad=True) for heads in (4, 2, 2)]
+    mask, weight = mk.ModularMask.bidirectional_within(2, [1]), torch.randn(26, 4, 8)
+
+    def run(backend: str) -> list[Tensor]:
+        out = mk.moda_attention(*leaves, layout=layout, mask=mask, enable_gqa=True, backend=backend)
+        return [out, *torch.autograd.grad(out, leaves, weight)]
+
+    torch.testing.assert_close(run("cpu"), run("reference"))  # and masks are written out
+    with Calls() as calls:
+        run("cpu")
+    aten = "aten::_scaled_dot_product_flash_attention_for_cpu"
+    counts = [calls.names.count(name) for name in (aten, f"{aten}_backward", "aten::cat")]
+    assert counts == [3, 3, 5]
+    assert not {"aten::zero_", "aten::copy_", "aten::index_select", "aten::masked_fill"} & {*calls.names}
+
+
 class LargestTensor(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()

@@ -13,6 +13,7 @@ no rule is known here. Spans are in query rows and key columns of one sequence, 
 
 import itertools
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from moda_kernels.backends.cpu import twin
 from moda_kernels.backends.cpu.twin import CAUSAL, MASKED, Costs
 from moda_kernels.runtime import native
+from moda_kernels.runtime.lasting import lasting
 from moda_kernels.tokens.intervals import Intervals
 
 #: From timings of ATen's kernel and of the merging around it, 8 heads, D = 64. A causal call computes whole blocks
@@ -33,7 +35,12 @@ NARROW_COSTS = COSTS._replace(row=96, key=48)
 Span = slice | Tensor
 
 
-class Block(NamedTuple):
+#: Masks of so many scores are kept as the kernel takes them, which is four times as large.
+_KEPT_SCORES = 2**18
+
+
+@dataclass(slots=True, eq=False)
+class Block:
     """One kernel call: rows against keys, all of them visible, or causally, or by a bool mask ``[rows, keys]``."""
 
     rows: Span
@@ -42,6 +49,18 @@ class Block(NamedTuple):
     mask: Tensor | None = None
     #: Rows that the mask hides wholly, bool ``[rows]``; None where there are none.
     hidden: Tensor | None = None
+    _additive: Tensor | None = None
+
+    def additive(self, dtype: torch.dtype) -> Tensor | None:
+        """The mask as it is added to the scores."""
+        if self.mask is None:
+            return None
+        made = self._additive
+        if made is None or made.dtype != dtype:
+            made = lasting(additive)(self.mask, dtype)
+            if made.numel() <= _KEPT_SCORES:
+                self._additive = made
+        return made
 
 
 class Region(NamedTuple):
@@ -52,7 +71,8 @@ class Region(NamedTuple):
 
 
 class Job(NamedTuple):
-    """The regions of some sequences, and where these lie: slices of the batch, of query rows and of key columns."""
+    """The regions of one sequence, or of equal ones side by side, and where these lie: slices of the batch, of query
+    rows and of key columns. Spans count from there."""
 
     batch: slice
     queries: slice
@@ -60,6 +80,8 @@ class Job(NamedTuple):
     regions: list[Region]
     #: So many packed documents of one length, side by side, make a batch of their own.
     documents: int = 1
+    #: If one call is all there is to do, over all rows and keys, none of which it hides wholly: that one.
+    whole: Block | None = None
 
 
 class OneCall(NamedTuple):
@@ -81,13 +103,17 @@ class Plan(NamedTuple):
     """The calls of one softmax, for numbers of one dtype.
 
     Attributes:
-        jobs: all of them. one: if it is a single one, how to make that and nothing else.
+        jobs: all of them, side by side along an axis, nothing left out.
+        one: if a single call is all there is to do, how to make that and nothing else.
         rows: of a call, on average.
+        axis: 0: the batch; 2: tokens. sizes: of each job on that axis, in queries and in keys.
     """
 
     jobs: list[Job]
     one: OneCall | None
     rows: int
+    axis: int
+    sizes: tuple[list[int], list[int]]
 
 
 def make_plan(
@@ -102,7 +128,9 @@ def make_plan(
     costs = NARROW_COSTS if dtype.itemsize == 2 else COSTS
     jobs = make_jobs(intervals, passes, cu_seqlens, cu_seqlens_q, packed, costs)
     sizes = [size_of(block.rows) for job in jobs for region in job.regions for block in region.blocks]
-    plan = Plan(jobs, None, sum(sizes) // max(len(sizes), 1))
+    of_jobs = [(job.queries, job.keys) if packed else (job.batch, job.batch) for job in jobs]
+    on_axis = [size_of(queries) for queries, _ in of_jobs], [size_of(keys) for _, keys in of_jobs]
+    plan = Plan(jobs, None, sum(sizes) // max(len(sizes), 1), 2 if packed else 0, on_axis)
     if len(jobs) != 1 or len(jobs[0].regions) != 1 or len(jobs[0].regions[0].blocks) != 1:
         return plan
     (job,) = jobs
@@ -115,7 +143,7 @@ def make_plan(
     all_keys = isinstance(block.keys, slice) and size_of(block.keys) * job.documents == keys
     if job.documents > 1 and not all_keys:
         return plan
-    mask = None if block.mask is None else additive(block.mask, dtype)
+    mask = None if block.mask is None else additive(block.mask, torch.promote_types(dtype, torch.float32))
     return plan._replace(one=OneCall(None if all_keys else block.keys, block.causal, mask, job.documents))
 
 
@@ -132,8 +160,7 @@ def make_jobs(
     packed: bool,
     costs: Costs = COSTS,
 ) -> list[Job]:
-    """The rectangles of a CPU layout: one job per run of equal rows of a batch or of equal packed
-    documents; packed documents that have no equal beside them share one.
+    """The rectangles of a CPU layout: one job per run of equal rows of a batch, or of equal packed documents.
 
     Args:
         intervals: who sees whom, on the CPU.
@@ -158,40 +185,54 @@ def make_jobs(
     )
     chosen = _cut(indices.long(), rows)
 
+    count = cu_seqlens.numel() - 1
+    bounds, query_bounds = cu_seqlens.tolist(), cu_seqlens_q.tolist()
     jobs: list[Job] = []
-    bounds, query_bounds = (cu_seqlens.tolist(), cu_seqlens_q.tolist()) if packed else ([], [])
-    nth = 0  # of the masked calls
-    row = key = 0  # where spans begin
+
+    def begin(first: int, last: int, equal: bool) -> list[Region]:
+        """The regions of the next job."""
+        regions: list[Region] = []
+        of_rows, of_keys = (slice(b[first], b[last]) for b in (query_bounds, bounds))
+        if not packed:
+            jobs.append(Job(slice(first, last), slice(None), slice(None), regions))
+        elif of_rows.start < of_rows.stop or of_keys.start < of_keys.stop:
+            jobs.append(Job(slice(0, 1), of_rows, of_keys, regions, last - first if equal else 1))
+        return regions
+
+    nth = end = 0  # of the masked calls; behind the sequences so far
     before = -1
     regions: list[Region] = []
-    for first, last, begins, kind, count, row_start, row_offset, keys, key_start, key_offset in rows:
+    for first, last, begins, kind, number, row_start, row_offset, keys, key_start, key_offset in rows:
         if first != before:
-            before = first
-            if not packed:
-                regions = []
-                jobs.append(Job(slice(first, last), slice(None), slice(None), regions))
-            elif last - first > 1:
-                row, key, regions = 0, 0, []
-                of_rows, of_keys = (slice(b[first], b[last]) for b in (query_bounds, bounds))
-                jobs.append(Job(slice(0, 1), of_rows, of_keys, regions, last - first))
-            else:
-                row, key = query_bounds[first], bounds[first]
-                if not jobs or jobs[-1].documents > 1:
-                    jobs.append(Job(slice(0, 1), slice(None), slice(None), []))
-                regions = jobs[-1].regions
+            if first > end:
+                begin(end, first, False)  # nothing is seen here
+            before, end = first, last
+            regions = begin(first, last, True)
         mask = none_seen = None
         if kind == MASKED:
-            mask = next(parts).view(count, keys)
+            mask = next(parts).view(number, keys)
             none_seen = hidden[ends[nth] : ends[nth + 1]] if hides[nth] else None
             nth += 1
-        span = _span(row, count, row_start, chosen.get(row_offset))
-        keys_span = _span(key, keys, key_start, chosen.get(key_offset))
-        block = Block(span, keys_span, kind == CAUSAL, mask, none_seen)
+        span = _span(number, row_start, chosen.get(row_offset))
+        block = Block(span, _span(keys, key_start, chosen.get(key_offset)), kind == CAUSAL, mask, none_seen)
         if begins:
             regions.append(Region(span, (block,)))
         else:
             regions[-1] = Region(regions[-1].rows, (*regions[-1].blocks, block))
-    return jobs
+    if end < count:
+        begin(end, count, False)
+    return [job._replace(whole=_whole(job, bounds, query_bounds, packed)) for job in jobs]
+
+
+def _whole(job: Job, bounds: list[int], query_bounds: list[int], packed: bool) -> Block | None:
+    if len(job.regions) != 1 or len(job.regions[0].blocks) != 1:
+        return None
+    (block,) = job.regions[0].blocks
+    number = job.documents if packed else len(bounds) - 1
+    of_rows, of_keys = (job.queries, job.keys) if packed else (slice(0, query_bounds[-1]), slice(0, bounds[-1]))
+    all_rows = isinstance(block.rows, slice) and size_of(block.rows) * number == size_of(of_rows)
+    all_keys = isinstance(block.keys, slice) and size_of(block.keys) * number == size_of(of_keys)
+    return block if all_rows and all_keys and block.hidden is None else None
 
 
 def _cut(indices: Tensor, calls: list[list[int]]) -> dict[int, Tensor]:
@@ -201,10 +242,8 @@ def _cut(indices: Tensor, calls: list[list[int]]) -> dict[int, Tensor]:
     return dict(zip(begins, indices.split([sizes[begin] for begin in begins]), strict=True))
 
 
-def _span(begin: int, count: int, start: int, chosen: Tensor | None) -> Span:
-    if chosen is None:
-        return slice(begin + start, begin + start + count)
-    return chosen + begin if begin else chosen
+def _span(count: int, start: int, chosen: Tensor | None) -> Span:
+    return slice(start, start + count) if chosen is None else chosen
 
 
 def size_of(span: Span) -> int:

@@ -5,6 +5,8 @@ backward is one ATen call per rectangle too, and nothing of size rows × keys is
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,32 +40,58 @@ def attend(
         plan: the rectangles; rows in none of them get output 0. scale: τ⁻¹.
     """
     if routes.widens(query.dtype, False, plan.rows):
-        out, lse = attend(query.float(), key.float(), value.float(), extra, attn_mask, _wide(plan), scale)
+        out, lse = attend(query.float(), key.float(), value.float(), extra, attn_mask, plan, scale)
         return out.to(query.dtype), lse
     if extra is None and attn_mask is None and plan.one is not None:
         out, lse = attend_at_once(query, key, value, plan.one, scale)
         return out, lse.contiguous()
+    rows = [_split(t, plan, 0) for t in (query, extra)]
+    keys = [_split(t, plan, 1) for t in (key, value)]
+    parts = [
+        _attend(q, k, v, x, given, job, scale)
+        for job, q, x, k, v, given in zip(plan.jobs, *rows, *keys, _split_mask(attn_mask, plan), strict=True)
+    ]
+    if not parts:
+        parts = [_nothing(query, extra)]
+    return _joined([out for out, _ in parts], plan), torch.cat([lse for _, lse in parts], plan.axis)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    extra: Tensor | None,
+    attn_mask: Tensor | None,
+    job: Job,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """As `attend`, of one job, with its own part of each tensor."""
+    query, key, value = (_documents(t, job.documents) for t in (query, key, value))
+    wide = compute_dtype(query)
+    if job.whole is not None and extra is None and attn_mask is None:
+        out, lse = kernel.forward(query, key, value, job.whole.causal, job.whole.additive(wide), scale)
+        return _side_by_side(out, job.documents), _side_by_side(lse, job.documents)
+    out, lse = _nothing(query, None if extra is None else _documents(extra, job.documents))
+    for region in job.regions:
+        q = _take(query, region.rows)
+        parts = []
+        for block in region.blocks:
+            mask, hidden = _additive(block, attn_mask, wide)
+            part_out, part_lse = kernel.forward(
+                q, _take(key, block.keys), _take(value, block.keys), block.causal and mask is None, mask, scale
+            )
+            # A row without a visible key comes with lse 0.
+            parts.append((part_out, part_lse if hidden is None else part_lse.masked_fill(hidden, -math.inf)))
+        _merge_into(out, lse, region.rows, parts, extra is not None)
+    return _side_by_side(out, job.documents), _side_by_side(lse, job.documents)
+
+
+def _nothing(query: Tensor, extra: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Output and lse where no key is seen."""
     out = rows_first(query, query.dtype).zero_()
-    if extra is None:
-        lse = torch.full(query.shape[:3], -math.inf, dtype=compute_dtype(query), device=query.device)
-    else:
-        lse = extra.clone(memory_format=torch.contiguous_format)
-    for job in plan.jobs:
-        q, o, s = (_rows(t, job) for t in (query, out, lse))
-        k, v = (_keys(t, job) for t in (key, value))
-        given = _job_mask(attn_mask, job)
-        for region in job.regions:
-            q_rows = _take(q, region.rows)
-            parts = []
-            for block in region.blocks:
-                mask, hidden = _additive(block, given, query.dtype)
-                part_out, part_lse = kernel.forward(
-                    q_rows, _take(k, block.keys), _take(v, block.keys), block.causal and mask is None, mask, scale
-                )
-                # A row without a visible key comes with lse 0.
-                parts.append((part_out, part_lse if hidden is None else part_lse.masked_fill(hidden, -math.inf)))
-            _merge_into(o, s, region.rows, parts, extra is not None)
-    return out, lse
+    if extra is not None:
+        return out, extra.clone(memory_format=torch.contiguous_format)
+    return out, torch.full(query.shape[:3], -math.inf, dtype=compute_dtype(query), device=query.device)
 
 
 def gradients(
@@ -83,7 +111,7 @@ def gradients(
     `attend` (dlse: None for 0)."""
     if routes.widens(query.dtype, True, plan.rows):
         q, k, v, o, do = (x.float() for x in (query, key, value, out, dout))
-        dq, dk, dv, dextra = gradients(q, k, v, extra, attn_mask, o, lse, do, dlse, _wide(plan), scale)
+        dq, dk, dv, dextra = gradients(q, k, v, extra, attn_mask, o, lse, do, dlse, plan, scale)
         return dq.to(query.dtype), dk.to(query.dtype), dv.to(query.dtype), dextra
     wide = lse.dtype
     dextra = lse.new_zeros(())
@@ -101,50 +129,82 @@ def gradients(
         dout = torch.cat((dout, torch.ones_like(dout[..., :1])), -1)
     one = plan.one
     if attn_mask is None and one is not None and one.keys is None:  # all see something
-        together = [_documents(t, one.documents) for t in (dout, query, key, value, out, lse)]
-        grads = kernel.backward(*together, one.causal, one.mask, scale)
+        do, q, k, v, o, s = (_documents(t, one.documents) for t in (dout, query, key, value, out, lse))
+        grads = kernel.backward(do, q, k, v, o, s, one.causal, one.mask, scale)
         dquery, dkey, dvalue = (_side_by_side(t, one.documents) for t in grads)
         if dlse is not None:
             dquery, dkey, dvalue = dquery[..., :dim], dkey[..., :dim], dvalue[..., :dim]
         return dquery, dkey, dvalue, dextra
+    rows = [_split(t, plan, 0) for t in (query, out, lse, dout)]
+    keys = [_split(t, plan, 1) for t in (key, value)]
+    parts = [
+        _gradients(q, k, v, given, o, s, do, job, scale)
+        for job, q, o, s, do, k, v, given in zip(plan.jobs, *rows, *keys, _split_mask(attn_mask, plan), strict=True)
+    ]
+    if not parts:
+        parts = [tuple(torch.zeros_like(t) for t in (query, key, value))]
+    dquery, dkey, dvalue = (_joined([part[i] for part in parts], plan) for i in range(3))
+    if dlse is not None:
+        dquery, dkey, dvalue = dquery[..., :dim], dkey[..., :dim], dvalue[..., :dim]
+    return dquery, dkey, dvalue, dextra
+
+
+def _gradients(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    job: Job,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    """Those of query, key and value, of one job, with its own part of each tensor."""
+    query, key, value, out, lse, dout = (_documents(t, job.documents) for t in (query, key, value, out, lse, dout))
+    wide, whole = compute_dtype(query), job.whole
+    if whole is not None and attn_mask is None:
+        grads: tuple[Tensor, ...] = kernel.backward(
+            dout, query, key, value, out, lse, whole.causal, whole.additive(wide), scale
+        )
+        return tuple(_side_by_side(t, job.documents) for t in grads)
     # exp(score - lse) is then 0 in rows that see nothing.
     lse = torch.where(torch.isneginf(lse), math.inf, lse)
     dquery = rows_first(query, query.dtype).zero_()
     dkey, dvalue = (rows_first(t, wide).zero_() for t in (key, value))
-    for job in plan.jobs:
-        of_rows = [_rows(t, job) for t in (query, out, dout, lse, dquery)]
-        k, v, dk, dv = (_keys(t, job) for t in (key, value, dkey, dvalue))
-        given = _job_mask(attn_mask, job)
-        for region in job.regions:
-            q, o, do, s = (_take(t, region.rows) for t in of_rows[:4])
-            total = None
-            for block in region.blocks:
-                mask, _ = _additive(block, given, query.dtype)
-                grads = kernel.backward(
-                    do,
-                    q,
-                    _take(k, block.keys),
-                    _take(v, block.keys),
-                    o,
-                    s,
-                    block.causal and mask is None,
-                    mask,
-                    scale,
-                )
-                total = grads[0] if total is None else total.to(wide) + grads[0]
-                _add(dk, block.keys, grads[1])
-                _add(dv, block.keys, grads[2])
-            assert total is not None
-            _put(of_rows[4], region.rows, total)
-    narrow = [t[..., :dim].to(query.dtype) for t in (dquery, dkey, dvalue)]
-    return narrow[0], narrow[1], narrow[2], dextra
+    for region in job.regions:
+        q, o, s, do = (_take(t, region.rows) for t in (query, out, lse, dout))
+        total = None
+        for block in region.blocks:
+            mask, _ = _additive(block, attn_mask, wide)
+            k, v = _take(key, block.keys), _take(value, block.keys)
+            grads = kernel.backward(do, q, k, v, o, s, block.causal and mask is None, mask, scale)
+            total = grads[0] if total is None else total.to(wide) + grads[0]
+            _add(dkey, block.keys, grads[1])
+            _add(dvalue, block.keys, grads[2])
+        assert total is not None
+        _put(dquery, region.rows, total)
+    return tuple(_side_by_side(t.to(query.dtype), job.documents) for t in (dquery, dkey, dvalue))
 
 
-def _wide(plan: Plan) -> Plan:
-    """For numbers made float32."""
-    if plan.one is None or plan.one.mask is None:
-        return plan
-    return plan._replace(one=plan.one._replace(mask=plan.one.mask.float()))
+def _split(x: Tensor | None, plan: Plan, side: int) -> Sequence[Any]:
+    """What each job has of queries (side 0) or of keys (1)."""
+    if x is None or len(plan.jobs) == 1:
+        return [x] * len(plan.jobs)
+    return x.split(plan.sizes[side], plan.axis)  # type: ignore[no-any-return]
+
+
+def _split_mask(attn_mask: Tensor | None, plan: Plan) -> Sequence[Any]:
+    """(Packed documents have none.)"""
+    shared = attn_mask is None or attn_mask.shape[0] == 1
+    return [attn_mask] * len(plan.jobs) if shared else _split(attn_mask, plan, 0)
+
+
+def _joined(parts: list[Tensor], plan: Plan) -> Tensor:
+    """The reverse of `_split`, `rows_first`."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([part.transpose(1, 2) for part in parts], plan.axis // 2).transpose(1, 2)
 
 
 def rows_first(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -166,16 +226,6 @@ def attend_at_once(query: Tensor, key: Tensor, value: Tensor, one: OneCall, scal
     return out, lse
 
 
-def _rows(x: Tensor, job: Job) -> Tensor:
-    """A view of a job's queries, ``[batch, heads, rows, …]``."""
-    return _documents(x[job.batch, :, job.queries], job.documents)
-
-
-def _keys(x: Tensor, job: Job) -> Tensor:
-    """A view of a job's keys."""
-    return _documents(x[job.batch, :, job.keys], job.documents)
-
-
 def _documents(x: Tensor, count: int) -> Tensor:
     return x if count == 1 else x[0].unflatten(1, (count, -1)).transpose(0, 1)
 
@@ -183,10 +233,6 @@ def _documents(x: Tensor, count: int) -> Tensor:
 def _side_by_side(x: Tensor, count: int) -> Tensor:
     """The reverse: ``[documents, H, L, …]`` as ``[1, H, documents · L, …]``."""
     return x if count == 1 else x.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None]
-
-
-def _job_mask(attn_mask: Tensor | None, job: Job) -> Tensor | None:
-    return attn_mask if attn_mask is None or attn_mask.shape[0] == 1 else attn_mask[job.batch]
 
 
 def _merge_into(out: Tensor, lse: Tensor, rows: Span, parts: list[tuple[Tensor, Tensor]], has_extra: bool) -> None:
@@ -216,19 +262,12 @@ def _merge_into(out: Tensor, lse: Tensor, rows: Span, parts: list[tuple[Tensor, 
 
 def _additive(block: Block, attn_mask: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
     """The block's mask as ATen takes it, and which rows it hides wholly (None: none)."""
-    seen = block.mask
-    if seen is None and attn_mask is None:
-        return None, None
-    rows, keys = size_of(block.rows), size_of(block.keys)
-    if seen is None and block.causal:
-        seen = torch.ones(rows, rows, dtype=torch.bool, device="cpu").tril()
-    mask = None
-    if seen is not None:
-        # 0 and -inf are numbers of every dtype; what is added to them comes in float32 or float64.
-        dtype = dtype if attn_mask is None else attn_mask.dtype
-        mask = additive(seen, dtype)
     if attn_mask is None:
-        return mask, block.hidden
+        return block.additive(dtype), block.hidden
+    rows, keys = size_of(block.rows), size_of(block.keys)
+    mask = block.additive(dtype)
+    if block.causal:
+        mask = additive(torch.ones(rows, rows, dtype=torch.bool, device="cpu").tril(), dtype)
     given = attn_mask if attn_mask.shape[2] == 1 else _take(attn_mask, block.rows)
     given = given if given.shape[3] == 1 else _take(given.transpose(2, 3), block.keys).transpose(2, 3)
     mask = given if mask is None else given + mask
