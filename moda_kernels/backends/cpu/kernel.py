@@ -8,15 +8,18 @@ fast in float32, 7 times in bfloat16, 3 times in float16.) With 64 to 767 rows t
 Where there are fewer heads than cores, keys are split among them, and the parts merged by lse.
 """
 
+import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 #: Rows that are few.
 FEW_ROWS = 8
-#: Keys of a part are at least so many; with fewer of them masks written out for a group take longer than its keys.
+#: Keys of a part are at least so many; with fewer of them masks written out for a group take longer than its keys (and
+#: with a fourth of them queries do).
 LEAST_KEYS = 1024
 #: ATen's tiles: their rows, by the least rows of a head that have them.
 _TILES = ((768, 256), (192, 64), (0, 32))
@@ -37,7 +40,7 @@ def forward(
         return _kernel(query, key, value, causal, attn_mask, scale)
     run = _few if rows <= FEW_ROWS else _many
     if run is _few:
-        together = attn_mask is None or narrow or keys >= LEAST_KEYS
+        together = narrow or keys >= (LEAST_KEYS // 4 if attn_mask is None else LEAST_KEYS)
     else:  # rows are written out anew for it, once and back
         together = attn_mask is None and keys >= LEAST_KEYS and _larger_tiles(query.shape, key_heads)
     if group == 1 or not together:
@@ -60,7 +63,7 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, from those of the output; else as `forward`."""
-    operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    operator = _operator("_scaled_dot_product_flash_attention_for_cpu_backward")
     batch, heads, rows, _ = query.shape
     key_heads, keys = key.shape[1:3]
     group = heads // key_heads
@@ -80,20 +83,26 @@ def backward(
     return _apart(result[0], group), *result[1:]
 
 
+@functools.cache
+def _operator(name: str) -> Any:
+    """Looked up late: a torch that doesn't have it must still import this package."""
+    return getattr(torch.ops.aten, name).default
+
+
 def _many(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     return _kernel(query, key, value, False, attn_mask, scale)
 
 
 def _grouped(x: Tensor, key_heads: int) -> Tensor:
     """The heads of a group as rows of one, one head after the other."""
-    of_groups: Tensor = x.unflatten(1, (key_heads, -1))
-    return of_groups.flatten(2, 3)
+    batch, heads, rows, *dim = x.shape
+    return x.reshape(batch, key_heads, heads // key_heads * rows, *dim)
 
 
 def _apart(x: Tensor, group: int) -> Tensor:
     """The reverse."""
-    of_heads: Tensor = x.unflatten(2, (group, -1))
-    return of_heads.flatten(1, 2)
+    batch, key_heads, rows, *dim = x.shape
+    return x.reshape(batch, key_heads * group, rows // group, *dim)
 
 
 def _larger_tiles(shape: Sequence[int], key_heads: int) -> bool:
@@ -114,8 +123,7 @@ def _rounds(tasks: int) -> int:
 def _kernel(
     query: Tensor, key: Tensor, value: Tensor, causal: bool, attn_mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    # Looked up here: a torch that doesn't have it must still import this package.
-    operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    operator = _operator("_scaled_dot_product_flash_attention_for_cpu")
     result: tuple[Tensor, Tensor] = operator(query, key, value, 0.0, causal, attn_mask=attn_mask, scale=scale)
     return result
 
