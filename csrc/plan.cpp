@@ -2,7 +2,12 @@
 
 #include "plan.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <map>
 #include <stdexcept>
@@ -413,6 +418,26 @@ class Sequence {
   std::vector<Group> groups_;
 };
 
+// Asks for large pages, where the system gives them to those who ask: to touch fresh memory page by page takes longer
+// than to fill it with masks.
+void ask_for_large_pages(void* memory, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = uintptr_t{1} << 21;
+  const uintptr_t address = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)bytes;
+#endif
+}
+
+// As std::upper_bound, from where the row before had its own: along a document that is a step or none.
+void move_to(const std::vector<int32_t>& of, int32_t limit, int64_t& at) {
+  const int64_t size = of.size();
+  while (at < size && of[at] <= limit) ++at;
+  while (at > 0 && of[at - 1] > limit) --at;
+}
+
 // Whether the calls of sequence s - 1 serve sequence s too.
 bool as_before(const PlanAttention& a, int s) {
   const int32_t *k = a.cu_seqlens + s, *q = a.cu_seqlens_q + s;
@@ -447,7 +472,13 @@ Plan plan_attention(const PlanAttention& a) {
 void plan_masks(const PlanAttention& a, const PlanMasks& m) {
   // Of each pass, the call's keys: where they stand in the call, and their positions, which rise.
   std::vector<std::vector<int32_t>> place(a.passes), position(a.passes);
+  std::vector<std::array<int64_t, 2>> seen(int64_t{a.passes} * a.intervals);  // of each interval: which of those keys
   uint8_t *mask = m.masks, *hidden = m.hidden;
+  size_t bytes = 0;
+  for (const PlannedCall* call = m.plan; call < m.plan + m.calls; ++call) {
+    if (call->kind == static_cast<int32_t>(CallKind::kMasked)) bytes += size_t(call->rows) * call->keys;
+  }
+  ask_for_large_pages(mask, bytes);
   for (const PlannedCall* call = m.plan; call < m.plan + m.calls; ++call) {
     if (call->kind != static_cast<int32_t>(CallKind::kMasked)) continue;
     const int keys = call->keys;
@@ -464,6 +495,7 @@ void plan_masks(const PlanAttention& a, const PlanMasks& m) {
       }
     }
     std::memset(mask, 0, int64_t{call->rows} * keys);
+    std::fill(seen.begin(), seen.end(), std::array<int64_t, 2>{0, 0});
     for (int r = 0; r < call->rows; ++r, mask += keys) {
       const int row = first_row + (call->row_start >= 0 ? call->row_start + r : m.indices[call->row_offset + r]);
       bool sees = false;
@@ -472,8 +504,9 @@ void plan_masks(const PlanAttention& a, const PlanMasks& m) {
         const int32_t low = limits[0], high = limits[a.queries];
         if (low >= high || low < -1) continue;
         const std::vector<int32_t>&of = position[s / a.intervals], &where = place[s / a.intervals];
-        const auto begin = std::upper_bound(of.begin(), of.end(), low) - of.begin();
-        const auto end = std::upper_bound(of.begin() + begin, of.end(), high) - of.begin();
+        auto& [begin, end] = seen[s];
+        move_to(of, low, begin);
+        move_to(of, high, end);
         if (begin == end) continue;
         sees = true;
         if (where[end - 1] - where[begin] == end - begin - 1) {

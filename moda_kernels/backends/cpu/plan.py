@@ -35,6 +35,8 @@ NARROW_COSTS = COSTS._replace(row=96, key=48)
 Span = slice | Tensor
 
 
+_FIRST, _ALL = slice(0, 1), slice(None)
+
 #: Masks of so many scores are kept as the kernel takes them, which is four times as large.
 _KEPT_SCORES = 2**18
 
@@ -127,7 +129,7 @@ def make_plan(
     """As `make_jobs`, for numbers of a dtype."""
     costs = NARROW_COSTS if dtype.itemsize == 2 else COSTS
     jobs = make_jobs(intervals, passes, cu_seqlens, cu_seqlens_q, packed, costs)
-    sizes = [size_of(block.rows) for job in jobs for region in job.regions for block in region.blocks]
+    sizes = [size_of(region.rows) for job in jobs for region in job.regions for _ in region.blocks]
     of_jobs = [(job.queries, job.keys) if packed else (job.batch, job.batch) for job in jobs]
     on_axis = [size_of(queries) for queries, _ in of_jobs], [size_of(keys) for _, keys in of_jobs]
     plan = Plan(jobs, None, sum(sizes) // max(len(sizes), 1), 2 if packed else 0, on_axis)
@@ -185,29 +187,19 @@ def make_jobs(
     )
     chosen = _cut(indices.long(), rows)
 
-    count = cu_seqlens.numel() - 1
     bounds, query_bounds = cu_seqlens.tolist(), cu_seqlens_q.tolist()
-    jobs: list[Job] = []
-
-    def begin(first: int, last: int, equal: bool) -> list[Region]:
-        """The regions of the next job."""
-        regions: list[Region] = []
-        of_rows, of_keys = (slice(b[first], b[last]) for b in (query_bounds, bounds))
-        if not packed:
-            jobs.append(Job(slice(first, last), slice(None), slice(None), regions))
-        elif of_rows.start < of_rows.stop or of_keys.start < of_keys.stop:
-            jobs.append(Job(slice(0, 1), of_rows, of_keys, regions, last - first if equal else 1))
-        return regions
-
+    count = len(bounds) - 1
+    found: list[tuple[int, int, list[Region]]] = []  # of a job: its sequences
     nth = end = 0  # of the masked calls; behind the sequences so far
     before = -1
     regions: list[Region] = []
     for first, last, begins, kind, number, row_start, row_offset, keys, key_start, key_offset in rows:
         if first != before:
             if first > end:
-                begin(end, first, False)  # nothing is seen here
+                found.append((end, first, []))  # nothing is seen here
             before, end = first, last
-            regions = begin(first, last, True)
+            regions = []
+            found.append((first, last, regions))
         mask = none_seen = None
         if kind == MASKED:
             mask = next(parts).view(number, keys)
@@ -220,19 +212,30 @@ def make_jobs(
         else:
             regions[-1] = Region(regions[-1].rows, (*regions[-1].blocks, block))
     if end < count:
-        begin(end, count, False)
-    return [job._replace(whole=_whole(job, bounds, query_bounds, packed)) for job in jobs]
+        found.append((end, count, []))
+    if not packed:
+        of_rows, of_keys = query_bounds[-1] // max(count, 1), bounds[-1] // max(count, 1)
+        return [Job(slice(a, b), _ALL, _ALL, made, 1, _whole(made, of_rows, of_keys)) for a, b, made in found]
+    jobs = []
+    for first, last, made in found:
+        of_rows, of_keys = query_bounds[last] - query_bounds[first], bounds[last] - bounds[first]
+        if of_rows == of_keys == 0:
+            continue
+        number = last - first if made else 1
+        whole = _whole(made, of_rows // number, of_keys // number)
+        queries, columns = slice(query_bounds[first], query_bounds[last]), slice(bounds[first], bounds[last])
+        jobs.append(Job(_FIRST, queries, columns, made, number, whole))
+    return jobs
 
 
-def _whole(job: Job, bounds: list[int], query_bounds: list[int], packed: bool) -> Block | None:
-    if len(job.regions) != 1 or len(job.regions[0].blocks) != 1:
+def _whole(regions: list[Region], rows: int, keys: int) -> Block | None:
+    if len(regions) != 1 or len(regions[0].blocks) != 1:
         return None
-    (block,) = job.regions[0].blocks
-    number = job.documents if packed else len(bounds) - 1
-    of_rows, of_keys = (job.queries, job.keys) if packed else (slice(0, query_bounds[-1]), slice(0, bounds[-1]))
-    all_rows = isinstance(block.rows, slice) and size_of(block.rows) * number == size_of(of_rows)
-    all_keys = isinstance(block.keys, slice) and size_of(block.keys) * number == size_of(of_keys)
-    return block if all_rows and all_keys and block.hidden is None else None
+    (block,) = regions[0].blocks
+    of_rows, of_keys = block.rows, block.keys
+    if isinstance(of_rows, Tensor) or isinstance(of_keys, Tensor) or block.hidden is not None:
+        return None
+    return block if (of_rows.stop - of_rows.start, of_keys.stop - of_keys.start) == (rows, keys) else None
 
 
 def _cut(indices: Tensor, calls: list[list[int]]) -> dict[int, Tensor]:
