@@ -188,9 +188,15 @@ def builds() -> Iterator[Build]:
                     gate = kind != "masked" and _in_gate(kind, target, bits, size)
                     dtype = "bf16" if bits == 16 else "fp32"
                     yield attention_build(kind, target, config, size, dtype, gate=gate, **ALWAYS.get(kind, {}))
+    for kind, table in configs.MANY.items():
+        for target, known in KNOWN.items():
+            config = table[known.table][16][128]
+            if target not in architectures.TABLES and config != TABLES[kind][known.table][16][128]:
+                yield attention_build(kind, target, config, 128, passes=0, intervals=2)
     for target in architectures.TABLES:
         for kind in ("forward", "query", "keys"):
             config = find(TABLES[kind], target, 16, 128)
+            of_many = find(configs.MANY[kind], target, 16, 128)
             variants: list[tuple[tuple[str, ...], int]] = [
                 (("bias",), 2), (("bias",), 0), (("split",), 2), (("split", "bias"), 4), ((), 2),
             ]  # fmt: skip
@@ -199,9 +205,9 @@ def builds() -> Iterator[Build]:
             else:
                 variants += [(("mask",), 1), (("float mask",), 1)]
             for features, passes in variants:
-                yield attention_build(kind, target, config, 128, "bf16", features, passes)
-            for passes in (1, 0):
-                yield attention_build(kind, target, config, 128, "bf16", (), passes, intervals=2)
+                yield attention_build(kind, target, config if passes else of_many, 128, "bf16", features, passes)
+            yield attention_build(kind, target, config, 128, intervals=2)
+            yield attention_build(kind, target, of_many, 128, passes=0, intervals=2)
             for size in (40, 80, 96):
                 narrow = find(TABLES[kind], target, 16, padded(size))
                 yield attention_build(kind, target, narrow, size)

@@ -112,6 +112,19 @@ BACKWARD_KEYS: AttentionTable = {
     },
 }
 
+# With more walks than a kernel unrolls a loop goes over them, around the loops over tiles: of sm_100 the compiler then
+# keeps accumulators in registers between those, and 160 to 740 bytes spill. So fewer keys at a time; one stage where
+# two accumulators are left over.
+_MANY_100 = {kind: {**table[100], 16: {**table[100][16], 128: few}} for kind, table, few in (
+    ("forward", FORWARD, _A(8, 3, 128, 32)), ("query", BACKWARD_QUERY, _A(8, 2, 128, 32)),
+    ("keys", BACKWARD_KEYS, _A(8, 1, 64, 64)),
+)}  # fmt: skip
+MANY: Mapping[str, AttentionTable] = {
+    "forward": {**FORWARD, 100: _MANY_100["forward"]},
+    "query": {**BACKWARD_QUERY, 100: _MANY_100["query"]},
+    "keys": {**BACKWARD_KEYS, 100: _MANY_100["keys"]},
+}
+
 # Few query rows against many keys: memory decides, so what counts is how many bytes are on their way. Which keys are
 # read at all depends on their positions, which are loaded first: of five stages three go to that, and two tiles of
 # keys and values are fetched ahead, 64 KB. 4 warps would run out of registers with a mask or a bias. A larger head

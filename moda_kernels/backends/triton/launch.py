@@ -35,8 +35,6 @@ from moda_kernels.runtime.launch import Ready, float32_dots, padded
 from moda_kernels.tokens.walks import KeyWalk, QueryWalk
 
 LOG2E = 1.4426950408889634
-#: Up to so many walks are unrolled in the kernels.
-UNROLLED = 4
 #: Offsets within a tile of up to 128 rows are 32 bits wide.
 WIDEST_ROW = 2**31 // 128
 
@@ -334,7 +332,6 @@ def _given(
 ) -> dict[str, Any]:
     """The arguments of the forward and of both kernels of the backward that have the same names in all of them."""
     of, (block_q, block_k, _, _, part) = Facts(*facts), config
-    few = numbers.passes * numbers.intervals <= UNROLLED
     return {
         "facts": of, "p_modalities": on_device(numbers.of_pass, query.device),
         **strides("q", query, unit), **strides("k", key, unit), **strides("v", value, unit),
@@ -342,7 +339,7 @@ def _given(
         "query_heads": query.shape[1], "query_length": length_of(query), "key_length": length_of(key),
         "modalities": numbers.modalities, "first_passes": numbers.second, "passes": numbers.passes,
         "all_rows": of.row_modality.shape[0], "all_keys": of.key_modality.shape[0],
-        "FIRST_PASSES": numbers.second if few else 0, "PASSES": numbers.passes if few else 0,
+        "FIRST_PASSES": 0 if numbers.many else numbers.second, "PASSES": 0 if numbers.many else numbers.passes,
         "INTERVALS": numbers.intervals, "AFFINE": numbers.affine, "SPLIT": split, "PRECISION": float32_dots(),
         "D": query.shape[-1], "BLOCK_D": padded(query.shape[-1]), "E": value.shape[-1],
         "BLOCK_E": padded(value.shape[-1]), "UNIT": unit, "GROUP": query.shape[1] // key.shape[1],

@@ -35,6 +35,8 @@ MAX_FOLDED_DIM = 128
 DECODE_ROWS = 16
 DECODE_FROM = 256
 DECODE_TILE = 32
+#: Up to so many walks are unrolled in the kernels.
+UNROLLED = 4
 #: What launchers keep from one layer to the next, see `launch.py`.
 Kept = dict[Any, Any]
 #: Blocks of queries and keys, warps, stages, part of a masked tile: of forward, query's backward, keys' backward.
@@ -84,6 +86,11 @@ class PassNumbers(NamedTuple):
         affine = len(every) == 1 and every[0].modality is None and len(every[0].roles) == layout.num_roles
         modalities = tuple(each.modality or 0 for each in every)
         return cls(layout.num_modalities, len(every), passes.intervals, passes.second, affine, modalities)
+
+    @property
+    def many(self) -> bool:
+        """Whether a loop goes over the walks: more than are unrolled in the kernels."""
+        return self.passes * self.intervals > UNROLLED
 
     def numbers(self) -> list[int]:
         """As operators take them."""
@@ -335,6 +342,9 @@ def configurations(call: AttentionCall, folded: bool) -> Configs:
         return tuple(tuple(configs.INTERPRETED[kind].numbers()) for kind in ("forward", "query", "keys"))
     table_of, bits = architecture(device), torch.finfo(call.query.dtype).bits
     size = max(padded(call.query.shape[-1]), padded(call.value.shape[-1]))
-    forward = configs.FORWARD if call.attn_mask is None else configs.MASKED
-    tables = (configs.FOLDED if folded else forward, configs.BACKWARD_QUERY, configs.BACKWARD_KEYS)
+    forward, query, keys = configs.FORWARD, configs.BACKWARD_QUERY, configs.BACKWARD_KEYS
+    if pass_numbers(call, by_modality=call.pair_bias is not None).many:
+        forward, query, keys = (configs.MANY[kind] for kind in ("forward", "query", "keys"))
+    forward = configs.FOLDED if folded else forward if call.attn_mask is None else configs.MASKED
+    tables = (forward, query, keys)
     return tuple(tuple(find(table, table_of, bits, size).numbers()) for table in tables)
