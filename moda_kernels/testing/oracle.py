@@ -330,7 +330,9 @@ def poisoned_memory() -> Iterator[None]:
 
     def poisoned(*arguments: Any, **named: Any) -> Tensor:
         made = empty(*arguments, **named)
-        return made.fill_(math.nan) if made.is_floating_point() else made.fill_(2**30)
+        # Detached, since torch's own code makes leaves with it (torch 2.11's checkpoint does).
+        made.detach().fill_(math.nan if made.is_floating_point() else 2**30)
+        return made
 
     torch.empty = poisoned
     try:
