@@ -22,6 +22,22 @@ from moda_kernels.tokens.show import draw, picture, rule_html, rule_table
 __all__ = ["ModularMask", "Visibility", "default_mask"]
 
 
+@torch.compiler.assume_constant_result  # torch 2.11 can't trace flags
+def _flags(rules: Any) -> tuple[tuple[Visibility, ...], ...]:
+    try:
+        rows = [list(row) for row in rules]
+    except TypeError:
+        raise checks.wrong_type("rules", "R rows of R Visibility flags", rules) from None
+    if not rows or any(len(row) != len(rows) for row in rows):
+        raise checks.wrong_value("rules", "R rows of R flags, R >= 1", f"rows of {[len(row) for row in rows]}")
+    for rule in (rule for row in rows for rule in row):
+        if isinstance(rule, bool) or not isinstance(rule, int):
+            raise checks.wrong_type("rules (an entry)", "a Visibility", rule)
+        if not 0 <= rule < 64:
+            raise checks.wrong_value("rules (an entry)", "a union of PAST, SEGMENT, ALL, BEFORE, UPTO, CHUNK", rule)
+    return tuple(tuple(map(Visibility, row)) for row in rows)
+
+
 @dataclass(frozen=True)
 class ModularMask:
     """The modular attention mask (MODA Eq. 7-8): a rule for each ordered pair of roles.
@@ -41,18 +57,7 @@ class ModularMask:
     window_on: Literal["past", "all"] = "past"
 
     def __post_init__(self) -> None:
-        try:
-            rows = [list(row) for row in self.rules]
-        except TypeError:
-            raise checks.wrong_type("rules", "R rows of R Visibility flags", self.rules) from None
-        if not rows or any(len(row) != len(rows) for row in rows):
-            raise checks.wrong_value("rules", "R rows of R flags, R >= 1", f"rows of {[len(row) for row in rows]}")
-        for rule in (rule for row in rows for rule in row):
-            if isinstance(rule, bool) or not isinstance(rule, int):
-                raise checks.wrong_type("rules (an entry)", "a Visibility", rule)
-            if not 0 <= rule < 64:
-                raise checks.wrong_value("rules (an entry)", "a union of PAST, SEGMENT, ALL, BEFORE, UPTO, CHUNK", rule)
-        object.__setattr__(self, "rules", tuple(tuple(map(Visibility, row)) for row in rows))
+        object.__setattr__(self, "rules", _flags(self.rules))
         if self.window is not None:
             # Positions are int32: a larger window is one that no distance reaches.
             object.__setattr__(self, "window", min(checks.integer("window", self.window, 1), 2**31 - 1))

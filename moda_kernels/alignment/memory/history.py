@@ -47,6 +47,13 @@ class Sums(NamedTuple):
     stays: Tensor
 
 
+#: What an append changes, by name: torch 2.11 can't trace `vars`.
+_CHANGES = (
+    "told", "bounds", "own_roles", "own_steps", "own_chunks", "_room", "new_bounds", "newest", "_layouts", "_roomy",
+    "_parts",
+)  # fmt: skip
+
+
 class History:
     """Tokens so far; see :class:`DecodeState`, whose arguments and errors these are.
 
@@ -113,7 +120,7 @@ class History:
                 told = scattered(self.told.T, told.T, *rows).T
             else:
                 told = torch.cat((self.told, told), 2)
-        before = dict(vars(self))
+        before = [getattr(self, name) for name in _CHANGES]
         self.told, self.bounds = told, bounds
         self.own_roles, self.own_steps = self.own_roles or own["roles"], self.own_steps or own["steps"]
         self.own_chunks = self.own_chunks or own["chunks"]
@@ -123,7 +130,8 @@ class History:
         try:
             return self.layout()  # where steps may turn out to fall
         except ValueError:
-            vars(self).update(before)
+            for name, value in zip(_CHANGES, before, strict=True):
+                setattr(self, name, value)
             raise
 
     def layout(self, columns: int | None = None) -> ModalityLayout:

@@ -445,9 +445,10 @@ def asked(
     Raises:
         NotImplementedError: a mask that no rules say, naming the function and the model.
     """
-    from transformers import masking_utils
+    # Traced with the model: torch 2.11 can't trace `from transformers import`, whose module is of a class of its own.
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-    function = masking_utils.causal_mask_function if mask_function is None else mask_function
+    function = causal_mask_function if mask_function is None else mask_function
     try:
         if torch.compiler.is_compiling():
             if others.get("allow_is_causal_skip") is None:
@@ -465,7 +466,7 @@ def asked(
             'attn_implementation="sdpa", or mk.replace_sdpa around the model'
         ) from None
     if facts is None:
-        return masking_utils.sdpa_mask(
+        return sdpa_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, function, attention_mask, device=device, **others
         )
     if attention_mask is not None and attention_mask.dim() != 2:

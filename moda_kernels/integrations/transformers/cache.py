@@ -80,7 +80,8 @@ def state_of(name: str, cache: Any, num_modalities: int, window: int | None = No
     Raises:
         TypeError: another kind of cache. ValueError: one that already holds tokens.
     """
-    from transformers import Cache, EncoderDecoderCache
+    # (Torch 2.11 can trace neither `from transformers import`: see `asked`.)
+    from transformers.cache_utils import Cache, EncoderDecoderCache
 
     if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
         raise checks.wrong_type(name, "a transformers Cache of one decoder", cache)
