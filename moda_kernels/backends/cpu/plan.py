@@ -225,6 +225,14 @@ def make_jobs(
         whole = _whole(made, of_rows // number, of_keys // number)
         queries, columns = slice(query_bounds[first], query_bounds[last]), slice(bounds[first], bounds[last])
         jobs.append(Job(_FIRST, queries, columns, made, number, whole))
+    # Tokens outside of every document: jobs cover all there are.
+    queries, columns = slice(0, query_bounds[0]), slice(0, bounds[0])
+    if queries.stop or columns.stop:
+        jobs.insert(0, Job(_FIRST, queries, columns, []))
+    queries = slice(query_bounds[-1], intervals.limits.shape[3])
+    columns = slice(bounds[-1], intervals.positions.shape[1])
+    if size_of(queries) or size_of(columns):
+        jobs.append(Job(_FIRST, queries, columns, []))
     return jobs
 
 
