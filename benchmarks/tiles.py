@@ -61,7 +61,7 @@ def ours(workload: Workload, mask: ModularMask, part: str, extension: bool) -> C
 
     def make() -> Any:
         if part == "walks":
-            affine = len(limits) == 1
+            affine = len(positions) == 1
             return query_walk(limits, positions, real, *bounds, affine), key_walk(limits, positions, *bounds)
         rows = dataclasses.replace(queries)  # remembers nothing
         return mask_tiles(layout, mask, *TILE, rows, of_keys=part == "all")

@@ -42,8 +42,7 @@ struct Keys {
 };
 
 RowSpan look_at_rows(const WalkInput& a, int walk, const CutTile& tile) {
-  const int32_t* const lo = a.limits + int64_t{walk} * 2 * a.rows;
-  const int32_t* const hi = lo + a.rows;
+  const int32_t *const lo = a.lo(walk), *const hi = a.hi(walk);
   RowSpan span;
   for (int row = tile.row; row < tile.row + tile.rows; ++row) {
     span.add(lo[row], hi[row], a.real == nullptr || a.real[row] != 0);

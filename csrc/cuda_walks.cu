@@ -107,8 +107,8 @@ __device__ void look_at_key_tile(const LookAtTiles& a, int64_t index) {
 __device__ void look_at_query_tile(const LookAtTiles& a, int64_t index) {
   const WalkInput& of = a.of;
   const CutTile tile = of.queries.tile(static_cast<int>(index % of.queries.tiles));
-  const int32_t* const lo = of.limits + index / of.queries.tiles * 2 * of.rows;
-  const int32_t* const hi = lo + of.rows;
+  const int walk = static_cast<int>(index / of.queries.tiles);
+  const int32_t *const lo = of.lo(walk), *const hi = of.hi(walk);
   RowSpan span;
   for (int i = lane_index(); i < tile.rows; i += kWarp) {
     const int row = tile.row + i;

@@ -35,7 +35,7 @@ struct MaskIntervals {
   const int32_t* cu_seqlens;                                                      // [sequences + 1]
   const int32_t* table;                                                           // [max_segments, 4]
   const int64_t* columns;                                                         // [rows], -1 for none
-  int32_t* limits;                                                                // [passes, intervals, 2, rows]
+  int32_t* limits;                                                                // [2 passes or 1 + 3 passes, rows], see below
   int32_t* positions;                                                             // [passes, tokens]
 };
 
@@ -90,6 +90,15 @@ MODA_HD Interval nearer(Interval x, int nearest) {
   return x.low < x.high ? x : Interval{kEmptyLow, kEmptyHigh};
 }
 
+// Where the limits of an interval stand among those of all: with one interval lo and hi of each pass; with two lo of all
+// second ones, then of each pass lo and hi of the first and hi of the second (moda_kernels/tokens/intervals.py).
+MODA_HD int64_t lower_limit(int64_t pass, int interval, int intervals) {
+  return interval == 0 ? pass * (1 + intervals) + intervals - 1 : 0;
+}
+MODA_HD int64_t upper_limit(int64_t pass, int interval, int intervals) {
+  return pass * (1 + intervals) + intervals + interval;
+}
+
 // The intervals of a row. prefix: the last position that kBefore or kUpto shows, -1 for none.
 MODA_HD void write_limits(const MaskIntervals& a, int64_t pass, int64_t i, int rule, const Row& row, int prefix) {
   int nearest = -1;
@@ -106,25 +115,23 @@ MODA_HD void write_limits(const MaskIntervals& a, int64_t pass, int64_t i, int r
     if (row.segment_end > near.high) near.high = row.segment_end;
   }
   if ((rule & kAll) != 0) near = {-1, kFar};
-  Interval second{kEmptyLow, kEmptyHigh};
+  int second = kEmptyHigh;
   if (prefix >= 0) {
     if (prefix >= near.low) {  // they touch
       near = {-1, prefix > near.high ? prefix : near.high};
     } else if (near.low >= near.high) {  // there is nothing else
       near = {-1, prefix};
     } else {
-      second = {-1, prefix};
+      second = prefix;
     }
   }
   const int window = a.window_all ? nearest : -1;
-  int32_t* const limits = a.limits + pass * a.intervals * 2 * a.rows + i;
   near = nearer(near, window);
-  limits[0] = near.low;
-  limits[a.rows] = near.high;
+  a.limits[lower_limit(pass, 0, a.intervals) * a.rows + i] = near.low;
+  a.limits[upper_limit(pass, 0, a.intervals) * a.rows + i] = near.high;
   if (a.intervals == 2) {
-    second = nearer(second, window);
-    limits[int64_t{2} * a.rows] = second.low;
-    limits[int64_t{3} * a.rows] = second.high;
+    a.limits[i] = window;
+    a.limits[upper_limit(pass, 1, a.intervals) * a.rows + i] = second > window ? second : kEmptyHigh;
   }
 }
 

@@ -19,6 +19,22 @@ namespace moda::cpu {
 
 namespace {
 
+// Of a slot, which is one interval of one pass, the limits of all rows.
+struct Limits {
+  const int32_t *lo, *hi;
+};
+
+std::vector<Limits> limits_of(const PlanAttention& a) {
+  std::vector<Limits> limits;
+  for (int p = a.first_pass; p < a.last_pass; ++p) {
+    for (int i = 0; i < a.intervals; ++i) {
+      limits.push_back({a.limits + lower_limit(p, i, a.intervals) * a.queries,
+                        a.limits + upper_limit(p, i, a.intervals) * a.queries});
+    }
+  }
+  return limits;
+}
+
 constexpr int32_t kFar = 2147483647;
 
 enum class Kind { kAlike, kRising, kMixed };
@@ -107,6 +123,7 @@ class Sequence {
   void find_rows() {
     begin_.assign(int64_t{rows_} * slots_, 0);
     end_.assign(int64_t{rows_} * slots_, 0);
+    const std::vector<Limits> limits = limits_of(a_);
     std::map<std::string, int> known;
     std::string signature(slots_, 0), last;
     int current = -1;
@@ -114,9 +131,7 @@ class Sequence {
       bool sees = false;
       for (int s = 0; s < slots_; ++s) {
         const int p = s / a_.intervals;
-        const int32_t* limits =
-            a_.limits + (int64_t{2} * (int64_t{a_.first_pass} * a_.intervals + s)) * a_.queries + first_row_ + r;
-        const int32_t low = limits[0], high = limits[a_.queries];
+        const int32_t low = limits[s].lo[first_row_ + r], high = limits[s].hi[first_row_ + r];
         signature[s] = 0;
         if (low >= high || low < -1) continue;
         const std::vector<int>& ranks = ranks_[p];
@@ -445,12 +460,11 @@ bool as_before(const PlanAttention& a, int s) {
   for (int p = a.first_pass; p < a.last_pass; ++p) {
     const int32_t* position = a.positions + int64_t{a.tokens} * p;
     if (!std::equal(position + k[-1], position + k[0], position + k[0])) return false;
-    for (int i = 2 * p * a.intervals; i < 2 * (p + 1) * a.intervals; ++i) {
-      const int32_t* limits = a.limits + int64_t{a.queries} * i;
-      if (!std::equal(limits + q[-1], limits + q[0], limits + q[0])) return false;
-    }
   }
-  return true;
+  const std::vector<Limits> limits = limits_of(a);
+  return std::all_of(limits.begin(), limits.end(), [&](const Limits& of) {
+    return std::equal(of.lo + q[-1], of.lo + q[0], of.lo + q[0]) && std::equal(of.hi + q[-1], of.hi + q[0], of.hi + q[0]);
+  });
 }
 
 }  // namespace
@@ -473,6 +487,7 @@ void plan_masks(const PlanAttention& a, const PlanMasks& m) {
   // Of each pass, the call's keys: where they stand in the call, and their positions, which rise.
   std::vector<std::vector<int32_t>> place(a.passes), position(a.passes);
   std::vector<std::array<int64_t, 2>> seen(int64_t{a.passes} * a.intervals);  // of each interval: which of those keys
+  const std::vector<Limits> limits = limits_of(a);
   uint8_t *mask = m.masks, *hidden = m.hidden;
   size_t bytes = 0;
   for (const PlannedCall* call = m.plan; call < m.plan + m.calls; ++call) {
@@ -500,8 +515,8 @@ void plan_masks(const PlanAttention& a, const PlanMasks& m) {
       const int row = first_row + (call->row_start >= 0 ? call->row_start + r : m.indices[call->row_offset + r]);
       bool sees = false;
       for (int s = a.first_pass * a.intervals; s < a.last_pass * a.intervals; ++s) {
-        const int32_t* limits = a.limits + int64_t{2} * s * a.queries + row;
-        const int32_t low = limits[0], high = limits[a.queries];
+        const Limits& of_slot = limits[s - a.first_pass * a.intervals];
+        const int32_t low = of_slot.lo[row], high = of_slot.hi[row];
         if (low >= high || low < -1) continue;
         const std::vector<int32_t>&of = position[s / a.intervals], &where = place[s / a.intervals];
         auto& [begin, end] = seen[s];

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "intervals.h"
+
 namespace moda {
 
 // What calls cost, in scores of a full rectangle. Integers, so that both versions compare equal costs alike.
@@ -32,7 +34,7 @@ constexpr int kCallFields = sizeof(PlannedCall) / sizeof(int32_t);
 struct PlanAttention {
   int tokens, queries, sequences;
   int passes, first_pass, last_pass, intervals;  // of all passes, those from first_pass to last_pass (excluded)
-  const int32_t* limits;                         // [passes, intervals, 2, queries]
+  const int32_t* limits;                         // as in intervals.h, of `queries` rows
   const int32_t* positions;                      // [passes, tokens]
   const int32_t* cu_seqlens;                     // [sequences + 1]
   const int32_t* cu_seqlens_q;                   // [sequences + 1]

@@ -60,12 +60,18 @@ struct Cut {
 struct WalkInput {
   int passes, intervals;     // each at least 1; walk w = pass * intervals + interval
   int rows, tokens;          // of the queries, of the keys
-  const int32_t* limits;     // [passes, intervals, 2, rows]: lo, hi
+  const int32_t* limits;     // as in intervals.h
   const int32_t* positions;  // [passes, tokens], -1 where a key is not in the pass
   const uint8_t* real;       // [rows], false for padding, which takes part in no intersection; null: all rows do
   Cut queries, keys;
 
   MODA_HD int walks() const { return passes * intervals; }
+  MODA_HD const int32_t* lo(int walk) const {
+    return limits + lower_limit(walk / intervals, walk % intervals, intervals) * rows;
+  }
+  MODA_HD const int32_t* hi(int walk) const {
+    return limits + upper_limit(walk / intervals, walk % intervals, intervals) * rows;
+  }
 };
 
 struct QueryWalk {

@@ -5,12 +5,13 @@ import random
 
 import pytest
 import torch
+from test_walks import stored
 from torch import Tensor
 
 from moda_kernels.backends.cpu import twin
 from moda_kernels.backends.cpu.plan import COSTS, Job, make_jobs, size_of
 from moda_kernels.runtime import native
-from moda_kernels.tokens.intervals import FAR, NOTHING, Intervals
+from moda_kernels.tokens.intervals import FAR, NOTHING, Intervals, ends_of
 
 
 def random_intervals(rng: random.Random) -> tuple[Intervals, Tensor, Tensor, bool]:
@@ -68,19 +69,19 @@ def random_intervals(rng: random.Random) -> tuple[Intervals, Tensor, Tensor, boo
     def bounds(of: list[int]) -> Tensor:
         return torch.tensor([0, *of]).cumsum(0).int()
 
-    return Intervals(limits, positions), bounds(lengths), bounds(rows), packed
+    return Intervals(stored(limits), positions), bounds(lengths), bounds(rows), packed
 
 
 def written_out(intervals: Intervals, passes: tuple[int, int], of_keys: Tensor, of_rows: Tensor) -> list[Tensor]:
     """How often each query row of a sequence sees each of its keys, ``[rows, keys]`` for each sequence."""
-    limits, positions = intervals
+    (lows, highs), positions = ends_of(intervals.limits, len(intervals.positions)), intervals.positions
     sequences = []
     for (k0, k1), (r0, r1) in zip(
         itertools.pairwise(of_keys.tolist()), itertools.pairwise(of_rows.tolist()), strict=True
     ):
         seen = torch.zeros(r1 - r0, k1 - k0, dtype=torch.int32)
-        for p, i in itertools.product(range(*passes), range(limits.shape[1])):
-            low, high = limits[p, i, :, r0:r1, None]
+        for p, i in itertools.product(range(*passes), range(lows.shape[1])):
+            low, high = (end[p, i, r0:r1, None] for end in (lows, highs))
             key = positions[p, k0:k1]
             seen += ((low < key) & (key <= high) & (key >= 0)).int()
         sequences.append(seen)
@@ -157,7 +158,7 @@ def test_native_plans_are_those_of_the_twin(seed: int) -> None:
 def test_positions_that_do_not_rise_are_refused(planner: object) -> None:
     if planner is native and not native.runs_on(torch.device("cpu")):
         pytest.skip("needs the native extension")
-    limits = torch.tensor([-1, FAR]).int().view(1, 1, 2, 1).expand(1, 1, 2, 3)
+    limits = torch.tensor([[-1], [FAR]]).int().expand(2, 3)
     bounds = torch.tensor([0, 3]).int()
     for positions in ([0, 0, 1], [2, 1, 0], [0, 1, 3]):
         with pytest.raises(ValueError, match="positions: expected them to rise"):

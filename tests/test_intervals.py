@@ -9,7 +9,18 @@ from torch import Tensor
 
 import moda_kernels as mk
 from moda_kernels.testing import generator, random_ids
-from moda_kernels.tokens.intervals import FAR, NOTHING, Intervals, Pass, make_passes, mask_intervals, passes_of
+from moda_kernels.tokens.intervals import (
+    FAR,
+    NOTHING,
+    Intervals,
+    Pass,
+    ends_of,
+    intervals_of,
+    limits_shape,
+    make_passes,
+    mask_intervals,
+    passes_of,
+)
 
 H, P, S, A, B, U, C = 0, 1, 2, 4, 8, 16, 32  # hidden, past, segment, all, before, upto, chunk
 M = mk.ModularMask
@@ -167,7 +178,7 @@ def some_queries(layout: mk.ModalityLayout, g: torch.Generator) -> dict[str, Any
 
 def pairs(made: Intervals, layout: mk.ModalityLayout, queries: Any) -> Tensor:
     """How often each pair of a row and a key is in each pass: [P, rows, tokens]."""
-    low, high = made.limits[:, :, 0, :, None], made.limits[:, :, 1, :, None]
+    low, high = (end[..., None] for end in ends_of(made.limits, len(made.positions)))
     key = made.positions[:, None, None, :]
     same = queries.of(layout.sequence, -1).flatten()[:, None] == layout.sequence.flatten()
     return (((low < key) & (key <= high)) & same).sum(1)
@@ -194,13 +205,14 @@ def test_every_rule_against_the_definition(seed: int) -> None:
             passes_of(layout, mask, split, by_modality),
         )
         rows, p = queries.columns.numel(), len(passes.passes)
-        assert made.limits.shape == (p, passes.intervals, 2, rows) and made.limits.dtype == torch.int32
+        assert made.limits.shape == limits_shape(p, passes.intervals, rows) and made.limits.dtype == torch.int32
+        assert p == 0 or intervals_of(made.limits, p) == passes.intervals
         assert made.positions.shape == (p, layout.num_tokens) and made.positions.dtype == torch.int32
         often = pairs(made, layout, queries)
         assert torch.equal(often.sum(0), expected.long())  # each visible pair once, and no other
-        low, high = made.limits[:, :, 0], made.limits[:, :, 1]
+        low, high = ends_of(made.limits, p)
         empty = low >= high
-        assert bool((low[empty] == NOTHING[0]).all()) and bool((high[empty] == NOTHING[1]).all())
+        assert bool((low[:, 0][empty[:, 0]] == NOTHING[0]).all()) and bool((high[empty] == NOTHING[1]).all())
         assert bool((low >= -1).all())
         if passes.intervals == 2 and p:  # the second one only beside a first one, and before it
             assert bool((empty[:, 1] | (~empty[:, 0] & (high[:, 1] < low[:, 0]))).all())
@@ -271,15 +283,15 @@ def test_intervals_of_a_worked_example() -> None:
     )
     made = mask_intervals(layout, layout.queries(), mask)
     lo, hi = NOTHING
-    assert made.limits[0, 0].tolist() == [[lo, lo, lo, lo, 3, 3, 5, 5], [hi, hi, hi, hi, 5, 5, 7, 7]]
-    assert made.limits[1, 0].tolist() == [[-1, -1, -1, -1, lo, lo, -1, -1], [1, 1, 3, 3, hi, hi, 1, 1]]
+    assert made.limits[:2].tolist() == [[lo, lo, lo, lo, 3, 3, 5, 5], [hi, hi, hi, hi, 5, 5, 7, 7]]
+    assert made.limits[2:].tolist() == [[-1, -1, -1, -1, lo, lo, -1, -1], [1, 1, 3, 3, hi, hi, 1, 1]]
     assert made.positions.tolist() == [[-1, -1, -1, -1, 4, 5, 6, 7], [0, 1, 2, 3, -1, -1, -1, -1]]
 
 
 def test_all_is_without_end() -> None:
     layout = mk.segment_modalities(torch.tensor([[0, -1, 0]]))
     made = mask_intervals(layout, layout.queries(), M.full(1))
-    assert made.limits.tolist() == [[[[-1, FAR, -1], [FAR, -2, FAR]]]]
+    assert made.limits.tolist() == [[-1, FAR, -1], [FAR, -2, FAR]]
 
 
 def test_passes_come_from_rules_alone() -> None:
@@ -324,8 +336,8 @@ def test_falling_steps_stay_inside(seed: int) -> None:
     layout = mk.segment_modalities(**arguments)
     layout.step.copy_(torch.randint(-9, 9, layout.step.shape, generator=g))
     made = mask_intervals(layout, layout.queries(), any_mask(g, layout.num_roles))
-    some = made.limits[:, :, 0] < made.limits[:, :, 1]
-    assert bool((made.limits[:, :, 1][some] >= 0).all())
+    low, high = ends_of(made.limits, len(made.positions))
+    assert bool((high[low < high] >= 0).all())
 
 
 def test_a_call_with_everything_equals_the_reference() -> None:

@@ -12,7 +12,7 @@ import moda_kernels as mk
 from moda_kernels.commands.bench.layouts import LAYOUTS, make_workload
 from moda_kernels.testing import generator, random_layout, random_mask
 from moda_kernels.tokens import tiles, walks
-from moda_kernels.tokens.intervals import passes_of
+from moda_kernels.tokens.intervals import ends_of, intervals_of, passes_of
 from moda_kernels.tokens.layout import QueryRows
 from moda_kernels.tokens.tiles import MaskTiles
 from moda_kernels.tokens.walks import KeyWalk, QueryWalk
@@ -25,7 +25,7 @@ BLOCKS = ((16, 16), (32, 16), (16, 32), (8, 32), (5, 7))
 class Case:
     """Intervals with the sequences that they are of."""
 
-    limits: Tensor  # int32 [P, I, 2, rows]
+    limits: Tensor  # int32, as `Intervals` has them
     positions: Tensor  # int32 [P, keys]
     real: Tensor  # bool [rows]
     cu_q: Tensor
@@ -43,13 +43,24 @@ class Case:
 
     def seen(self, walk: int) -> Tensor:
         """bool ``[rows, keys]``: what a walk makes visible."""
-        intervals = self.limits.shape[1]
-        (lo, hi), position = self.limits.flatten(0, 1)[walk], self.positions[walk // intervals]
+        ends = (end.flatten(0, 1)[walk] for end in ends_of(self.limits, len(self.positions)))
+        (lo, hi), position = ends, self.positions[walk // intervals_of(self.limits, len(self.positions))]
         rows, keys = (
             torch.repeat_interleave(torch.arange(len(cu) - 1), cu.diff().long()) for cu in (self.cu_q, self.cu_k)
         )
         inside = (position > lo[:, None]) & (position <= hi[:, None]) & (position >= 0)
         return inside & (rows[:, None] == keys)
+
+
+def stored(limits: Tensor) -> Tensor:
+    """Limits ``[P, I, 2, rows]`` as `Intervals` has them; second intervals begin where the first of them does."""
+    if limits.shape[1] == 1:
+        return limits.flatten(0, 2).int()
+    if not len(limits):
+        return torch.full((1, limits.shape[3]), -1, dtype=torch.int32)
+    floor = limits[:, 1, 0].amin(0)
+    last = torch.where(limits[:, 1, 0] < limits[:, 1, 1], limits[:, 1, 1], -2)
+    return torch.cat((floor[None], torch.cat((limits[:, 0], last[:, None]), 1).flatten(0, 1))).int()
 
 
 def random_case(seed: int, longest: int = 300) -> Case:
@@ -98,9 +109,9 @@ def random_case(seed: int, longest: int = 300) -> Case:
                 ends[:] = 0
             of_pass[..., role == r] = ends[..., role == r]
     empty = (limits[:, :, :1] >= limits[:, :, 1:]) | ~real
-    limits = torch.where(empty, torch.tensor([FAR, -2])[:, None], limits)[:, : 1 + two]
+    limits = stored(torch.where(empty, torch.tensor([FAR, -2])[:, None], limits)[:, : 1 + two])
     shape = (total,) if packed else (len(lengths), lengths[0])
-    case = Case(limits.int(), positions.int(), real, cu, cu, shape, shape)
+    case = Case(limits, positions.int(), real, cu, cu, shape, shape)
     return case if below(3) else fewer_queries(case, g)
 
 
@@ -167,7 +178,8 @@ def met_by_queries(
 ) -> tuple[Tensor, Tensor]:
     """How often each pair of tiles is met without and with masks, ``[Q, K]``."""
     plain, masked = (torch.zeros(len(made.tiles), len(k_tiles), dtype=torch.int) for _ in range(2))
-    listed, index = made.key_lists[walk // case.limits.shape[1]].tolist(), index_of(k_tiles, case.cu_k)
+    intervals = intervals_of(case.limits, len(case.positions))
+    listed, index = made.key_lists[walk // intervals].tolist(), index_of(k_tiles, case.cu_k)
     for i, ((n, _, count), runs) in enumerate(zip(made.tiles.tolist(), made.runs[walk].tolist(), strict=True)):
         assert count or not any(runs)
         for number, (begin, end) in enumerate(zip(runs[::2], runs[1::2], strict=True)):
@@ -382,10 +394,14 @@ def test_errors(arguments: dict[str, Any], message: str) -> None:
         ([[1, 1, 1], [1, 3, 1], [1, 1, 1]], 1, 1),
         ([[1, 1, 8], [1, 3, 8], [1, 1, 10]], 2, 2),
         ([[1, 8, 8], [1, 16, 8], [1, 8, 16]], 3, 1),
+        ([[10, 1, 16], [8, 10, 1], [1, 16, 10]], 3, 2),
     ],
 )
 @pytest.mark.parametrize("packed", [False, True])
-def test_memory_of_a_million_tokens(rules: list[list[int]], passes: int, intervals: int, packed: bool) -> None:
+@pytest.mark.parametrize("blocks", [(128, 64), (64, 128), (64, 64)])
+def test_memory_of_a_million_tokens(
+    rules: list[list[int]], passes: int, intervals: int, packed: bool, blocks: tuple[int, int]
+) -> None:
     """Beside 4 GiB of keys and values (8 heads of 128 in 16 bits): at most 64 MiB, both directions together."""
     tokens = 2**20
     ids = torch.arange(tokens) // 700 % 3
@@ -393,18 +409,18 @@ def test_memory_of_a_million_tokens(rules: list[list[int]], passes: int, interva
     layout = mk.segment_modalities(
         ids if packed else ids[None], num_modalities=3, steps=None, cu_seqlens=bounds, max_segments=1600
     )
-    made = tiles.mask_tiles(layout, mk.ModularMask(rules), 128, 64)
-    assert made.limits.shape == (passes, intervals, 2, tokens)
+    made = tiles.mask_tiles(layout, mk.ModularMask(rules), *blocks)
+    assert made.limits.shape == (2 * passes if intervals == 1 else 1 + 3 * passes, tokens)
     assert made.queries is not None and made.keys is not None
     size = sum(t.nbytes for t in (made.limits, made.positions, *made.queries, *made.keys))
     assert size <= 64 * 2**20
     of_walks = sum(t.nbytes for t in (*made.queries, *made.keys))
-    assert of_walks <= tokens // 64 * 120 * passes * intervals  # linear in tiles
+    assert of_walks <= tokens // 64 * 144 * passes * intervals  # linear in tiles
 
 
 def test_memory_is_linear_in_tokens() -> None:
-    """All tables of both directions, at the blocks of the kernels: 12 bytes a token for every pass of one interval, 20
-    of two, and under 2 for each of its walks' tiles."""
+    """All tables of both directions, at the blocks of the kernels: 12 bytes a token for every pass of one interval, of
+    two 16 and 4 for all; and under 2 for each of its walks' tiles."""
     see = mk.Visibility
     near = see.BEFORE | see.SEGMENT
     rules = ((near, see.PAST, see.UPTO), (see.BEFORE, near, see.PAST), (see.PAST, see.UPTO, near))
@@ -415,7 +431,7 @@ def test_memory_is_linear_in_tokens() -> None:
             forward = tiles.mask_tiles(layout, mask, 128, 64, of_keys=False)
             backward = tiles.mask_tiles(layout, mask, 64, 128, of_queries=False)
             assert forward.queries is not None and backward.keys is not None
-            assert forward.limits.shape[:2] == (passes, walks_of_pass)
+            assert (len(forward.positions), intervals_of(forward.limits, passes)) == (passes, walks_of_pass)
             made = (forward.limits, forward.positions, *forward.queries, *backward.keys)
-            most = passes * (4 + 8 * walks_of_pass + 2 * walks_of_pass)
+            most = 4 * (walks_of_pass - 1) + passes * (8 + 4 * walks_of_pass + 2 * walks_of_pass)
             assert sum(t.numel() * t.element_size() for t in made) <= most * length

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moda_kernels.runtime import checks
-from moda_kernels.tokens.intervals import count_by_pass, mask_intervals
+from moda_kernels.tokens.intervals import count_by_pass, ends_of, mask_intervals
 from moda_kernels.tokens.layout import ModalityLayout
 from moda_kernels.tokens.mask import ModularMask
 
@@ -167,9 +167,9 @@ def seen_columns(layout: ModalityLayout, mask: ModularMask, run: Run) -> Tensor:
     size = layout.cu_seqlens.diff().long()
     first, most = begin[of_row], size[of_row]
     of_key = begin[layout.sequence.flatten().long()]
-    for of_pass, position in zip(limits, positions, strict=True):
+    for lows, highs, position in zip(*ends_of(limits, len(positions)), positions, strict=True):
         change = torch.zeros(layout.num_tokens + sequences + 1, dtype=torch.int32)
-        for low, high in of_pass[..., rows].long():
+        for low, high in zip(lows[:, rows].long(), highs[:, rows].long(), strict=True):
             some = (low < high).int()
             change.scatter_add_(0, first + torch.minimum(low + 1, most).clamp(min=0), some)
             change.scatter_add_(0, first + torch.minimum(high + 1, most).clamp(min=0), -some)

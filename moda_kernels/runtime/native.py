@@ -191,7 +191,7 @@ def mask_intervals(
     columns = _checked("columns", columns, device, (rows,), torch.int64)
 
     new = functools.partial(torch.empty, dtype=torch.int32, device=device)
-    limits, positions = new(passes, intervals, 2, rows), new(passes, tokens)
+    limits, positions = new(2 * passes if intervals == 1 else 1 + 3 * passes, rows), new(passes, tokens)
     index, stream = _queue(device)
     # Room for each role whose steps are searched, of those passes that are done at once.
     slots = min(len(rules) // max(passes, 1), extension.PASSES_AT_ONCE) if any(r & 24 for r in rules) else 0
@@ -233,12 +233,12 @@ def query_walk(
     affine: bool,
 ) -> tuple[Tensor, ...]:
     """See `walks.query_walk_torch`, its twin. At least one pass, and a tile on each side."""
-    (q_tiles, k_tiles), passes = capacities, limits.shape[0]
+    (q_tiles, k_tiles), passes = capacities, positions.shape[0]
     call, kept = _walk_call(limits, positions, cu_q, cu_k, capacities, lengths, blocks, of_keys=False)
-    real = _checked("real", real, limits.device, (limits.shape[3],), torch.bool, like="limits")
+    real = _checked("real", real, limits.device, (limits.shape[1],), torch.bool, like="limits")
     new = functools.partial(torch.empty, dtype=torch.int32, device=limits.device)
     tiles, order = new(q_tiles, 3), new(q_tiles)
-    runs, key_lists = new(passes * limits.shape[1], q_tiles, 8), new(passes, 2 * k_tiles + 1)
+    runs, key_lists = new(passes * call["intervals"], q_tiles, 8), new(passes, 2 * k_tiles + 1)
     _loaded().query_walk(
         **call,
         real=real.data_ptr(),
@@ -263,8 +263,9 @@ def key_walk(
     chains: int,
 ) -> tuple[Tensor, ...]:
     """See `walks.key_walk_torch`, its twin. At least one pass, and a tile on each side."""
-    (q_tiles, k_tiles), walks = capacities, limits.shape[0] * limits.shape[1]
+    q_tiles, k_tiles = capacities
     call, kept = _walk_call(limits, positions, cu_q, cu_k, capacities, lengths, blocks, of_keys=True)
+    walks = call["passes"] * call["intervals"]
     new = functools.partial(torch.empty, dtype=torch.int32, device=limits.device)
     tiles, order = new(k_tiles, 3), new(k_tiles)
     runs, query_lists = new(walks, k_tiles, 4 * chains + 4), new(walks, q_tiles + 1)
@@ -292,12 +293,12 @@ def _walk_call(
 ) -> tuple[dict[str, Any], tuple[Tensor, ...]]:
     """What both walks tell the extension, and the tensors whose addresses are in it."""
     extension, device = _loaded(), limits.device
-    passes, intervals, _, rows = checks.tensor("limits", limits).shape
-    sequences, tokens = cu_k.numel() - 1, positions.shape[-1]
+    rows, sequences = checks.tensor("limits", limits).shape[-1], cu_k.numel() - 1
+    passes, tokens = positions.shape
     for name, of in (("limits", rows), ("positions", tokens)):
         if of >= 2**31 - 1:
             raise checks.wrong_value(name, "fewer than 2^31 - 1 tokens", f"{of}")
-    limits = _checked("limits", limits, device, (passes, intervals, 2, rows), like="limits")
+    intervals, limits = _limits(limits, device, passes, rows)
     positions = _checked("positions", positions, device, (passes, tokens), like="limits")
     cu_q = _checked("cu_q", cu_q, device, (sequences + 1,), like="limits")
     cu_k = _checked("cu_k", cu_k, device, (sequences + 1,), like="limits")
@@ -319,6 +320,13 @@ def _walk_call(
         "keys": (cu_k.data_ptr(), lengths[1], blocks[1], capacities[1]),
     }
     return call, (limits, positions, cu_q, cu_k, workspace)
+
+
+def _limits(limits: Tensor, device: torch.device, passes: int, rows: int) -> tuple[int, Tensor]:
+    """Limits of `tokens.intervals.Intervals`, and how many intervals they are of."""
+    intervals = 1 if limits.shape[0] == 2 * passes else 2
+    shape = (2 * passes if intervals == 1 else 1 + 3 * passes, rows)
+    return intervals, _checked("limits", limits, device, shape, like="limits")
 
 
 def plan_attention(
@@ -373,9 +381,10 @@ def _plan_arguments(
     """What the extension takes, and the tensors to keep until it has been called."""
     device, sequences = positions.device, cu_seqlens.numel() - 1
     number, tokens = positions.shape
-    intervals, rows = limits.shape[1], limits.shape[3]
+    rows = limits.shape[-1]
+    intervals, limits = _limits(limits, device, number, rows)
     kept = [
-        _checked("limits", limits, device, (number, intervals, 2, rows)),
+        limits,
         _checked("positions", positions, device, (number, tokens)),
         _checked("cu_seqlens", cu_seqlens, device, (sequences + 1,)),
         _checked("cu_seqlens_q", cu_seqlens_q, device, (sequences + 1,)),

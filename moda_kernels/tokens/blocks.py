@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moda_kernels.tokens.intervals import FAR, Rules, mask_intervals, passes_of
+from moda_kernels.tokens.intervals import FAR, Rules, ends_of, intervals_of, mask_intervals, passes_of
 from moda_kernels.tokens.layout import ModalityLayout, QueryRows
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -83,10 +83,10 @@ def sight(layout: ModalityLayout, queries: QueryRows, mask: Rules, split: bool =
 
     def make() -> Sight:
         limits, positions = mask_intervals(layout, queries, mask, split)
-        passes, intervals = limits.shape[:2]
+        passes, intervals = len(positions), intervals_of(limits, len(positions))
         rows = queries.shape if len(queries.shape) == 2 else (1, *queries.shape)
         keys = layout.modality.shape if not layout.packed else (1, *layout.modality.shape)
-        low, high = limits.unbind(2)
+        low, high = ends_of(limits, passes)
         place = positions
         if layout.num_sequences:
             of_row = queries.of(layout.sequence, 0).flatten()

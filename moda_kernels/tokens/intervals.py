@@ -112,13 +112,36 @@ class Intervals(NamedTuple):
     overlap), ``lo < positions[p, j] <= hi``.
 
     Attributes:
-        limits: int32 ``[P, I, 2, rows]``: lo and hi of each query row (flattened). -1 <= lo < hi, or `NOTHING`. The
-            first interval is the one that ends at the row or holds it, where there is one; a second one lies before it.
+        limits: int32, of each query row (flattened). With one interval ``[2 P, rows]``: lo and hi of each pass. With
+            two ``[1 + 3 P, rows]``: lo of all second intervals; then of each pass lo and hi of the first and hi of the
+            second. The first is the one that ends at the row or holds it, where there is one; a second one lies before
+            it and begins with the sequence, or with the window. -1 <= lo < hi; what is not there is `NOTHING`, a second
+            one has only its hi. `ends_of` knows this.
         positions: int32 ``[P, tokens]``: each key's position, -1 for padding and for keys of other passes.
     """
 
     limits: Tensor
     positions: Tensor
+
+
+def limits_shape(passes: int, intervals: int, rows: Any) -> tuple[Any, Any]:
+    """The shape of `Intervals.limits`."""
+    return (2 * passes if intervals == 1 else 1 + 3 * passes), rows
+
+
+def intervals_of(limits: Tensor, passes: int) -> int:
+    """How many intervals a row may have in a pass."""
+    return 1 if limits.shape[0] == 2 * passes else 2
+
+
+def ends_of(limits: Tensor, passes: int) -> tuple[Tensor, Tensor]:
+    """lo and hi of `Intervals.limits`, each ``[P, I, rows]``."""
+    rows = limits.shape[1]
+    if intervals_of(limits, passes) == 1:
+        low, high = limits.view(passes, 2, rows).split(1, 1)
+        return low, high
+    of_pass = limits[1:].view(passes, 3, rows)
+    return torch.stack((of_pass[:, 0], limits[:1].expand(passes, rows)), 1), of_pass[:, 1:]
 
 
 @functools.lru_cache(maxsize=256)
@@ -265,11 +288,13 @@ def mask_intervals_torch(
     """
     passes, rows = len(modalities), columns.numel()
     roles = len(rules) // max(passes, 1)
-    limits = torch.empty(passes, intervals, 2, rows, dtype=torch.int32, device=modality.device)
+    limits = torch.empty(limits_shape(passes, intervals, rows), dtype=torch.int32, device=modality.device)
     positions = torch.empty(passes, modality.numel(), dtype=torch.int32, device=modality.device)
     real = (modality >= 0) & (role >= 0)
     if modality.numel() == 0:
-        limits[:, :, 0], limits[:, :, 1] = NOTHING
+        # There are no rows that stand in a token.
+        made = limits[intervals - 1 :].view(passes, 1 + intervals, rows)
+        made[:, 0], made[:, 1:], limits[: intervals - 1] = *NOTHING, -1
         return limits, positions
 
     some = columns >= 0
@@ -288,6 +313,8 @@ def mask_intervals_torch(
     chunk_begin = position[own_chunk.clamp(min=0).long()]
     nearest = torch.full_like(at, -1) if window is None else (at - window).clamp(min=-1)
     past = torch.full_like(at, -1) if window_all else nearest
+    if intervals == 2:
+        limits[0] = nearest if window_all else -1
 
     for p in range(passes):
         of_pass = rules[p * roles : (p + 1) * roles]
@@ -322,10 +349,11 @@ def mask_intervals_torch(
         second = (prefix >= 0) & ~joins & ~alone
         low = torch.where(joins | alone, -1, low)
         high = torch.where(joins, torch.maximum(high, prefix), torch.where(alone, prefix, high))
-        _write(limits[p, 0], low, high, nearest if window_all else None)
+        low = torch.maximum(low, nearest) if window_all else low
+        made, there = limits[intervals - 1 :].view(passes, 1 + intervals, rows)[p], low < high
+        made[0], made[1] = torch.where(there, low, NOTHING[0]), torch.where(there, high, NOTHING[1])
         if intervals == 2:
-            low, high = torch.where(second, -1, FAR), torch.where(second, prefix, -2)
-            _write(limits[p, 1], low, high, nearest if window_all else None)
+            made[2] = torch.where(second & (prefix > limits[0]), prefix, NOTHING[1])
     return limits, positions
 
 
@@ -346,13 +374,6 @@ def _last_step(
     return torch.where(inside & (sequence[found] == sequence[tokens]), position[found], -1)
 
 
-def _write(limits: Tensor, low: Tensor, high: Tensor, nearest: Tensor | None) -> None:
-    low = low if nearest is None else torch.maximum(low, nearest)
-    some = low < high
-    limits[0] = torch.where(some, low, NOTHING[0])
-    limits[1] = torch.where(some, high, NOTHING[1])
-
-
 def _mask_intervals(modality: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     # The extension does not know more roles than these, nor has anybody else.
     if native.runs_on(modality.device) and len(arguments[9]) <= MANY_ROLES * len(arguments[10]):
@@ -364,7 +385,8 @@ def _mask_intervals_fake(modality: Tensor, *arguments: object) -> tuple[Tensor, 
     columns, _, modalities, _, intervals = arguments[8:13]
     passes = len(modalities)  # type: ignore[arg-type]
     rows: int = columns.numel()  # type: ignore[attr-defined]
-    return modality.new_empty(passes, intervals, 2, rows), modality.new_empty(passes, modality.numel())  # type: ignore[call-overload]
+    limits = modality.new_empty(limits_shape(passes, intervals, rows))  # type: ignore[arg-type]
+    return limits, modality.new_empty(passes, modality.numel())
 
 
 _op_mask_intervals = operator(
@@ -381,9 +403,9 @@ def visible_keys(layout: ModalityLayout, queries: QueryRows, mask: Rules) -> Ten
     limits, positions = mask_intervals(layout, queries, mask)
     shape = (*queries.shape, layout.modality.shape[-1])
     seen = torch.zeros(shape, dtype=torch.bool, device=layout.device)
-    for of_pass, key in zip(limits, positions, strict=True):
+    for lows, highs, key in zip(*ends_of(limits, len(positions)), positions, strict=True):
         key = key.view(layout.modality.shape)[..., None, :]
-        for low, high in of_pass:
+        for low, high in zip(lows, highs, strict=True):
             seen = seen | ((low.view(queries.shape)[..., None] < key) & (key <= high.view(queries.shape)[..., None]))
     if layout.packed:
         seen = seen & (queries.of(layout.sequence)[:, None] == layout.sequence[None, :])
@@ -403,12 +425,12 @@ def count_by_pass(
     # Members are counted where each sequence's tokens have moved together (padding: behind all tokens).
     place = torch.where(position >= 0, layout.cu_seqlens[layout.sequence.flatten().long()] + position, tokens).long()
     counts = []
-    for of_pass, key in zip(limits, positions, strict=True):
+    for lows, highs, key in zip(*ends_of(limits, len(positions)), positions, strict=True):
         member = torch.zeros(tokens + 1, dtype=torch.int32, device=device)
         member = member.scatter(0, place, (key >= 0).int())
         before = torch.nn.functional.pad(member[:tokens].cumsum(0, dtype=torch.int32), (1, 0))
         count = torch.zeros(rows, dtype=torch.int32, device=device)
-        for low, high in of_pass:
+        for low, high in zip(lows, highs, strict=True):
             ends = [torch.minimum(x.clamp(max=FAR - 1) + 1, length) for x in (low, high)]
             begin, end = (before[(first + torch.where(low < high, x, 0)).long()] for x in ends)
             count = count + (end - begin)

@@ -29,9 +29,8 @@ from torch import Tensor
 
 from moda_kernels.runtime import checks, native
 from moda_kernels.runtime.operators import operator
+from moda_kernels.tokens.intervals import FAR, ends_of, intervals_of
 
-#: Beyond every position.
-FAR = 2**31 - 1
 #: Chains of query tiles that may be met whole; each is four numbers a key tile and walk, and a select in the kernel.
 CHAINS = 3
 #: How finely work is told apart where the longest tiles come first.
@@ -221,7 +220,8 @@ def query_walk_torch(
         capacities: query tiles and key tiles. lengths: rows and keys of each sequence, -1 where they differ.
         blocks: rows of a query tile, keys of a key tile.
     """
-    passes, intervals = limits.shape[:2]
+    passes = positions.shape[0]
+    intervals = intervals_of(limits, passes)
     (q_count, k_count), device = capacities, limits.device
     _, sequence, q_tiles = cut_tiles(cu_q, lengths[0], blocks[0], q_count)
     if q_count == 0 or k_count == 0 or passes == 0:
@@ -230,8 +230,9 @@ def query_walk_torch(
         return q_tiles, torch.arange(q_count, dtype=torch.int32, device=device), runs, lists
     keys = _key_tiles(positions, cu_k, lengths[1], blocks[1], k_count)
 
-    lo = _by_tile(limits[:, :, 0], q_tiles, lengths[0], blocks[0], FAR)
-    hi = _by_tile(limits[:, :, 1], q_tiles, lengths[0], blocks[0], -2)
+    low, high = ends_of(limits, passes)
+    lo = _by_tile(low, q_tiles, lengths[0], blocks[0], FAR)
+    hi = _by_tile(high, q_tiles, lengths[0], blocks[0], -2)
     counts = _by_tile(real, q_tiles, lengths[0], blocks[0], False)  # in an intersection
     sees = lo < hi
     union_lo, union_hi = torch.where(sees, lo, FAR).amin(-1), torch.where(sees, hi, -2).amax(-1)
@@ -286,7 +287,8 @@ def key_walk_torch(
     chains: int,
 ) -> tuple[Tensor, ...]:
     """The PyTorch twin of `native.key_walk`; returns the fields of `KeyWalk`. Arguments as of `query_walk_torch`."""
-    passes, intervals = limits.shape[:2]
+    passes = positions.shape[0]
+    intervals = intervals_of(limits, passes)
     walks, (q_count, k_count), device = passes * intervals, capacities, limits.device
     _, sequence, q_tiles = cut_tiles(cu_q, lengths[0], blocks[0], q_count)
     if q_count == 0 or k_count == 0 or passes == 0:
@@ -296,8 +298,9 @@ def key_walk_torch(
         return k_tiles, torch.arange(k_count, dtype=torch.int32, device=device), runs, lists
     keys = _key_tiles(positions, cu_k, lengths[1], blocks[1], k_count)
 
-    lo = _by_tile(limits[:, :, 0], q_tiles, lengths[0], blocks[0], FAR)
-    hi = _by_tile(limits[:, :, 1], q_tiles, lengths[0], blocks[0], -2)
+    low, high = ends_of(limits, passes)
+    lo = _by_tile(low, q_tiles, lengths[0], blocks[0], FAR)
+    hi = _by_tile(high, q_tiles, lengths[0], blocks[0], -2)
     sees = lo < hi
     base = sequence << 32
     u0, u1, _, _ = _ranges(keys, base, torch.where(sees, lo, FAR).amin(-1), torch.where(sees, hi, -2).amax(-1))
@@ -403,14 +406,14 @@ def _suffix_min(values: Tensor) -> Tensor:
 
 def _query_walk_fake(limits: Tensor, positions: Tensor, *arguments: object) -> list[Tensor]:
     q_count, k_count = arguments[3]  # type: ignore[misc]
-    passes, intervals = limits.shape[:2]
-    shapes = ((q_count, 3), (q_count,), (passes * intervals, q_count, 8), (passes, 2 * k_count + 1))  # type: ignore[has-type]
+    passes = positions.shape[0]
+    shapes = ((q_count, 3), (q_count,), (passes * intervals_of(limits, passes), q_count, 8), (passes, 2 * k_count + 1))  # type: ignore[has-type]
     return [limits.new_empty(shape) for shape in shapes]
 
 
 def _key_walk_fake(limits: Tensor, positions: Tensor, *arguments: object) -> list[Tensor]:
     (q_count, k_count), chains = arguments[2], arguments[5]  # type: ignore[misc]
-    walks = limits.shape[0] * limits.shape[1]
+    walks = positions.shape[0] * intervals_of(limits, positions.shape[0])
     shapes = ((k_count, 3), (k_count,), (walks, k_count, 4 * chains + 4), (walks, q_count + 1))  # type: ignore[operator, has-type]
     return [limits.new_empty(shape) for shape in shapes]
 
@@ -419,7 +422,7 @@ def _made(
     native_walk: Callable[..., tuple[Tensor, ...]], twin: Callable[..., tuple[Tensor, ...]]
 ) -> Callable[..., list[Tensor]]:
     def make(limits: Tensor, positions: Tensor, *arguments: Any) -> list[Tensor]:
-        something = limits.shape[0] > 0 and all(arguments[-4])  # a pass, and tiles on both sides
+        something = positions.shape[0] > 0 and all(arguments[-4])  # a pass, and tiles on both sides
         made = native_walk if something and native.runs_on(limits.device) else twin
         return [t.contiguous() for t in made(limits, positions, *arguments)]
 

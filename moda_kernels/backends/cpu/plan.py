@@ -138,7 +138,7 @@ def make_plan(
     (job,) = jobs
     (block,) = job.regions[0].blocks
     batch = 1 if packed else cu_seqlens.numel() - 1
-    rows, keys = intervals.limits.shape[3] // batch, intervals.positions.shape[1] // batch
+    rows, keys = intervals.limits.shape[1] // batch, intervals.positions.shape[1] // batch
     all_rows = isinstance(block.rows, slice) and size_of(block.rows) * job.documents == rows
     if not all_rows or block.hidden is not None or job.batch not in (slice(None), slice(0, batch)):
         return plan
@@ -229,7 +229,7 @@ def make_jobs(
     queries, columns = slice(0, query_bounds[0]), slice(0, bounds[0])
     if queries.stop or columns.stop:
         jobs.insert(0, Job(_FIRST, queries, columns, []))
-    queries = slice(query_bounds[-1], intervals.limits.shape[3])
+    queries = slice(query_bounds[-1], intervals.limits.shape[1])
     columns = slice(bounds[-1], intervals.positions.shape[1])
     if size_of(queries) or size_of(columns):
         jobs.append(Job(_FIRST, queries, columns, []))

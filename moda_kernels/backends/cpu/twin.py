@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moda_kernels.tokens.intervals import ends_of, intervals_of
+
 _FAR = 2**31 - 1
 FULL, CAUSAL, MASKED = range(3)
 _ALIKE, _RISING, _MIXED = range(3)
@@ -55,7 +57,7 @@ def plan_attention(
     looks like the one before is served by its calls.
 
     Args:
-        limits: int32 ``[P, I, 2, rows]``, positions: int32 ``[P, tokens]``, of `Intervals`.
+        limits, positions: of `Intervals`.
         cu_seqlens, cu_seqlens_q: int32 ``[N + 1]``.
         passes: from the first to the last (excluded).
 
@@ -66,8 +68,9 @@ def plan_attention(
         ValueError: positions that don't rise along a sequence.
     """
     rows, keys = cu_seqlens_q.tolist(), cu_seqlens.tolist()
-    intervals = limits.shape[1]
-    of_limits = limits[slice(*passes)].flatten(0, 1).tolist()
+    intervals = intervals_of(limits, len(positions))
+    ends = (end[slice(*passes)].flatten(0, 1).tolist() for end in ends_of(limits, len(positions)))
+    of_limits = list(zip(*ends, strict=True))
     of_keys = positions[slice(*passes)].tolist()
     calls: list[PlannedCall] = []
     indices: list[int] = []
@@ -104,6 +107,7 @@ def plan_masks(
         sizes: of both results together.
     """
     masks, hidden = [], []
+    lows, highs = ends_of(limits, len(positions))
     first_row, first_key = cu_seqlens_q.tolist(), cu_seqlens.tolist()
     for s, _, _, kind, count, start, at, key_count, key_start, key_at in calls.tolist():
         if kind != MASKED:
@@ -118,7 +122,7 @@ def plan_masks(
             seen = torch.zeros(count, key_count, dtype=torch.bool)
         for p in range(*passes):
             key = positions[p, first_key[s] + k]
-            for low, high in limits[p][..., first_row[s] + r]:
+            for low, high in zip(lows[p][:, first_row[s] + r], highs[p][:, first_row[s] + r], strict=True):
                 seen |= (key > low[:, None]) & (key <= high[:, None]) & (key >= 0)
         masks.append(seen.flatten())
         hidden.append(~seen.any(1))
@@ -151,7 +155,7 @@ class _Planner:
     def __init__(
         self,
         positions: list[list[int]],
-        limits: list[list[list[int]]],
+        limits: list[list[list[int]]],  # of each slot: lo and hi of each row
         intervals: int,
         keys: int,
         costs: Costs,

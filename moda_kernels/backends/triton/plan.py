@@ -48,8 +48,7 @@ class Facts(NamedTuple):
     low < position <= high.
 
     Attributes:
-        limits: ``[P, I, 2, rows]``, low and high of each query row.
-        positions: ``[P, tokens]``, -1 for keys that are not in the pass.
+        limits, positions: of `Intervals`: low and high of each query row, and -1 for keys that are not in the pass.
         row_modality, key_modality: ``[rows]``, ``[tokens]``, -1 for padding (and where a role is out of range).
         cu_k, cu_q: ``[N + 1]``, first key and first query row of each sequence.
     """

@@ -17,6 +17,7 @@ from moda_kernels.backends.triton.kernels.primitives import (
     LN2,
     LOG2E,
     LOWEST,
+    limits_of,
     load_key_tile,
     load_mask,
     load_rows,
@@ -117,7 +118,7 @@ def _place(tensors, facts, walk, numbers, UNIT: tl.constexpr, GROUP: tl.constexp
 
 @triton.jit
 def _visit(
-    b_dk, b_dv, b_k, b_v, b_position, at, numbers, p_limits, p_bias, p_mask, p_weights, row,
+    b_dk, b_dv, b_k, b_v, b_position, at, numbers, p_low, upper, p_bias, p_mask, p_weights, row,
     i_head, i_part,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr, MASKED: tl.constexpr, MASK: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
@@ -130,7 +131,7 @@ def _visit(
     b_real = o_q >= 0
     if MASKED:
         # A row that sees nothing, padding too, is not read.
-        b_low, b_high = row_limits(p_limits, 0, numbers.all_rows, row + o_q, row + o_q < at.rows)
+        b_low, b_high = row_limits(p_low, upper, row + o_q, row + o_q < at.rows)
         b_real = b_low < b_high
         b_norm = tl.load(at.p_row_sums + o_sum + o_q, mask=b_real, other=float("inf"))
     else:
@@ -221,8 +222,8 @@ def _whole(
             shift = tl.where(n < until_1, shift, shift_2)
         ahead = tl.load(p_list + n + shift)
         b_dk, b_dv = _visit(
-            b_dk, b_dv, b_k, b_v, None, at, numbers, None, p_bias, None, extras.weights, row, i_head + i % GROUP,
-            i_first + i_head + i % GROUP,
+            b_dk, b_dv, b_k, b_v, None, at, numbers, None, None, p_bias, None, extras.weights, row,
+            i_head + i % GROUP, i_first + i_head + i % GROUP,
             D, E, BLOCK_D, BLOCK_E, BLOCK_Q, BLOCK_K, False, 0, SPLIT, PRECISION,
         )  # fmt: skip
     return b_dk, b_dv
@@ -230,19 +231,21 @@ def _whole(
 
 @triton.jit
 def _compared(
-    b_dk, b_dv, b_k, b_v, tensors, extras, facts, walk, numbers, p_modalities, i_pass, i_walk, i_first,
+    b_dk, b_dv, b_k, b_v, tensors, extras, facts, walk, numbers, p_modalities, i_pass, i_first,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PART: tl.constexpr, GROUP: tl.constexpr, CHAINS: tl.constexpr,
-    MASK: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    INTERVALS: tl.constexpr, INTERVAL: tl.constexpr, MASK: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The others, whose rows' limits are compared with the keys' positions, in parts of PART rows. With an attn_mask
     that is every tile."""
+    i_walk = i_pass * INTERVALS + INTERVAL
     at = _place(tensors, facts, walk, numbers, UNIT, GROUP)
     p_list, p_runs = _of_walk(walk, numbers, at.i_tile, i_walk, CHAINS)
     p_bias = extras.bias
     if extras.bias is not None:
         p_bias = extras.bias + at.i_batch * numbers.s_bb + tl.load(p_modalities + i_pass) * numbers.s_bk
-    p_limits = facts.limits + numbers.all_rows.to(tl.int64) * (2 * i_walk) + at.o_flat
+    p_low, upper = limits_of(facts.limits, i_pass, numbers.all_rows, INTERVALS, INTERVAL)
+    p_low += at.o_flat
     p_keys = facts.positions + numbers.all_keys.to(tl.int64) * i_pass + at.token
     p_mask = extras.mask
     if MASK > 0:
@@ -272,8 +275,8 @@ def _compared(
         ahead = tl.load(p_list + n + _shift(b_start, b_until, b_shift, n))
         i_of_group = i // PARTS % GROUP
         b_dk, b_dv = _visit(
-            b_dk, b_dv, b_k, b_v, b_position, at, numbers, p_limits, p_bias, p_mask, extras.weights, row,
-            i_head + i_of_group, i_first + i_head + i_of_group,
+            b_dk, b_dv, b_k, b_v, b_position, at, numbers, p_low, upper, p_bias, p_mask, extras.weights,
+            row, i_head + i_of_group, i_first + i_head + i_of_group,
             D, E, BLOCK_D, BLOCK_E, PART, BLOCK_K, True, MASK, SPLIT, PRECISION,
         )  # fmt: skip
     return b_dk, b_dv
@@ -296,8 +299,9 @@ def _pass(
                 D, E, BLOCK_D, BLOCK_E, UNIT, BLOCK_Q, BLOCK_K, GROUP, CHAINS, SPLIT, PRECISION,
             )  # fmt: skip
         b_dk, b_dv = _compared(
-            b_dk, b_dv, b_k, b_v, tensors, extras, facts, walk, numbers, p_modalities, i_pass, i_walk, i_first,
-            D, E, BLOCK_D, BLOCK_E, UNIT, BLOCK_Q, BLOCK_K, PART, GROUP, CHAINS, MASK, SPLIT, PRECISION,
+            b_dk, b_dv, b_k, b_v, tensors, extras, facts, walk, numbers, p_modalities, i_pass, i_first,
+            D, E, BLOCK_D, BLOCK_E, UNIT, BLOCK_Q, BLOCK_K, PART, GROUP, CHAINS, INTERVALS, i_interval, MASK,
+            SPLIT, PRECISION,
         )  # fmt: skip
     return b_dk, b_dv
 

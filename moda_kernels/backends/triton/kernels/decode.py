@@ -25,6 +25,7 @@ from moda_kernels.backends.triton.kernels.primitives import (
     LN2,
     LOG2E,
     LOWEST,
+    limits_of,
     load_key_tile,
     load_mask,
     load_rows,
@@ -159,10 +160,12 @@ def attention_decode(
         if tensors.turned is not None:
             i_turned = (i_modality.to(tl.int64) * cells + i_cell) * BLOCK_R
             b_q = load_rows(tensors.turned + i_turned * D, o_row, D, b_modality >= 0, D, BLOCK_D, True)
-        b_low, b_high = row_limits(facts.limits, i_pass * INTERVALS, all_rows, row + o_token, inside)
+        p_low, upper = limits_of(facts.limits, i_pass, all_rows, INTERVALS, 0)
+        b_low, b_high = row_limits(p_low, upper, row + o_token, inside)
         b_low_2, b_high_2 = b_low, b_high
         if INTERVALS == 2:
-            b_low_2, b_high_2 = row_limits(facts.limits, i_pass * INTERVALS + 1, all_rows, row + o_token, inside)
+            p_low, upper = limits_of(facts.limits, i_pass, all_rows, INTERVALS, 1)
+            b_low_2, b_high_2 = row_limits(p_low, upper, row + o_token, inside)
         if extras.bias is not None:
             p_row = extras.bias + i_batch * s_bb + b_head * s_bh + tl.maximum(b_modality, 0) * s_bq + i_modality * s_bk
             b_shift = tl.load(p_row, mask=inside, other=0.0).to(tl.float32) * LOG2E

@@ -20,6 +20,7 @@ from moda_kernels.backends.triton.kernels.primitives import (
     LOG2E,
     LOWEST,
     entry_of,
+    limits_of,
     load_key_tile,
     load_mask,
     load_rows,
@@ -153,11 +154,12 @@ def _visit(
 
 @triton.jit
 def _walk(
-    b_acc, b_max, b_sum, b_q, tensors, extras, facts, walk, numbers, i_pass, i_walk,
+    b_acc, b_max, b_sum, b_q, tensors, extras, facts, walk, numbers, i_pass,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, UNIT: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PART: tl.constexpr, AFFINE: tl.constexpr,
-    MASK: tl.constexpr, PRECISION: tl.constexpr,
+    INTERVALS: tl.constexpr, INTERVAL: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    i_walk = i_pass * INTERVALS + INTERVAL
     p_list = walk.key_lists + numbers.width.to(tl.int64) * i_pass
     if MASK == 0:
         at = _place(tensors, facts, walk, numbers, UNIT, GROUP)
@@ -184,7 +186,8 @@ def _walk(
         p_mask = extras.mask + at.i_batch * numbers.s_mb + at.i_head.to(tl.int64) * numbers.s_mh
     PARTS: tl.constexpr = BLOCK_K // PART
     o_part, o_row = tl.arange(0, PART), tl.arange(0, BLOCK_Q)
-    b_low, b_high = row_limits(facts.limits, i_walk, numbers.all_rows, at.row + o_row, o_row < at.rows)
+    p_low, upper = limits_of(facts.limits, i_pass, numbers.all_rows, INTERVALS, INTERVAL)
+    b_low, b_high = row_limits(p_low, upper, at.row + o_row, o_row < at.rows)
     p_keys = facts.positions + numbers.all_keys.to(tl.int64) * i_pass + at.begin
     runs = masked_runs(walk.runs, i_walk, numbers.tiles, at.i_tile, MASK > 0)
     next_tile = tl.load(p_list + entry_of(runs, 0))
@@ -231,8 +234,9 @@ def _pass(
         b_max = tl.where(hidden, -LOWEST, b_max - b_shift)
     for i_interval in tl.static_range(INTERVALS):
         b_acc, b_max, b_sum = _walk(
-            b_acc, b_max, b_sum, b_q, tensors, extras, facts, walk, numbers, i_pass, i_pass * INTERVALS + i_interval,
-            D, E, BLOCK_D, BLOCK_E, UNIT, GROUP, BLOCK_Q, BLOCK_K, PART, AFFINE, MASK, PRECISION,
+            b_acc, b_max, b_sum, b_q, tensors, extras, facts, walk, numbers, i_pass,
+            D, E, BLOCK_D, BLOCK_E, UNIT, GROUP, BLOCK_Q, BLOCK_K, PART, AFFINE, INTERVALS, i_interval, MASK,
+            PRECISION,
         )  # fmt: skip
     if extras.bias is not None:
         b_max = tl.where(hidden, b_before, b_max + b_shift)

@@ -117,10 +117,25 @@ def load_key_tile(
 
 
 @triton.jit
-def row_limits(p_limits, i_walk, all_rows, o_row, inside):
-    """Positions (low, high] that each query row sees in a walk; nothing for rows that are not inside."""
-    p = p_limits + all_rows.to(tl.int64) * (2 * i_walk) + o_row
-    return tl.load(p, mask=inside, other=-2), tl.load(p + all_rows, mask=inside, other=-2)
+def limits_of(p_limits, i_pass, all_rows, INTERVALS: tl.constexpr, INTERVAL: tl.constexpr):
+    """Where the lower limits of one interval of a pass begin, and how far behind them the upper ones: all second
+    intervals share their lower limits, which come first (`Intervals`)."""
+    wide = all_rows.to(tl.int64)
+    if INTERVAL == 1:
+        p_low = p_limits
+        upper = wide * (3 * i_pass + 3)
+    else:
+        p_low = p_limits + wide * ((1 + INTERVALS) * i_pass + (INTERVALS - 1))
+        upper = all_rows
+    return p_low, upper
+
+
+@triton.jit
+def row_limits(p_low, upper, o_row, inside):
+    """Positions (low, high] that each query row sees in a walk; nothing for rows that are not inside. p_low, upper: of
+    `limits_of`."""
+    p = p_low + o_row
+    return tl.load(p, mask=inside, other=-2), tl.load(p + upper, mask=inside, other=-2)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moda_kernels.commands.bench.cases import Case
 from moda_kernels.commands.bench.peers.base import Peer
-from moda_kernels.tokens.intervals import mask_intervals
+from moda_kernels.tokens.intervals import ends_of, mask_intervals
 
 
 class Flex(Peer):
@@ -52,12 +52,12 @@ class Flex(Peer):
         queries = layout.queries(case.queries)
         limits, positions = mask_intervals(layout, queries, case.workload.mask)
         of_query, of_key = queries.of(layout.sequence).flatten(), layout.sequence.flatten()
-        passes = [(of_pass.unbind(), key) for of_pass, key in zip(limits, positions, strict=True)]
+        passes = list(zip(*ends_of(limits, len(positions)), positions, strict=True))
 
         def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             seen = of_query[q] < 0
-            for intervals, position in passes:
-                for low, high in intervals:
+            for lows, highs, position in passes:
+                for low, high in zip(lows, highs, strict=True):
                     seen = seen | ((low[q] < position[k]) & (position[k] <= high[q]))
             return seen & (of_query[q] == of_key[k])
 
