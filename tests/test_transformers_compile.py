@@ -91,6 +91,10 @@ def test_a_text_model_alone() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.11."),
+    reason="torch 2.11 can't trace the masked_scatter of these models' training, with eager attention or SDPA neither",
+)
 @pytest.mark.parametrize(("family", "backend"), [("llava", "cpu"), ("gemma3", "reference")])
 def test_training_with_padding(family: str, backend: str) -> None:
     model, x = vlm.randomised(enable(vlm.make(family))).train(), vlm.inputs(family)
