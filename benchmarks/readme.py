@@ -1,8 +1,8 @@
 """The tables of results in docs/performance.md, and the few rows in the README, made from result files only:
 `python -m benchmarks.readme` writes them.
 
-One table for the CPU, one for each GPU model that there are results of. A test fails where a page and the result files
-disagree.
+One table for each CPU and GPU model that there are results of; the README has rows of the first, which is the newest. A
+test fails where a page and the result files disagree.
 """
 
 import sys
@@ -60,7 +60,7 @@ Key = tuple[str, int, str, str, int | None]
 
 
 def read(folder: Path = RESULTS) -> dict[Path, list[Record]]:
-    """The records of each file of attention results, the CPU's first."""
+    """The records of each file of attention results, those of the newest code on a CPU first."""
     files = sorted(folder.glob("attention-*.jsonl"), key=lambda path: (path.stem != "attention-cpu", path.stem))
     return {path: results.read(path) for path in files}
 
@@ -71,7 +71,7 @@ def render(files: Mapping[Path, Sequence[Record]]) -> str:
     for path, records in files.items():
         device = records[0]["device"]
         on_gpu = on_gpu or device == "cuda"
-        name = records[0]["environment"]["device"] if device == "cuda" else "CPU"
+        name = records[0]["environment"]["device"]
         parts.append(f"**{name}**\n\n{_section(records, device)}")
         picture = path.with_suffix(".png")
         if picture.exists():
@@ -189,7 +189,8 @@ def _machines(records: Sequence[Record]) -> str:
             )
         elif record["pass"] in pieces.PIECES:
             continue
-        machines[f"{said}, Python {e['python']}, {e['date'][:10]}"] = None
+        of = f", commit {e['commit'][:7]}" if e["commit"] else ""
+        machines[f"{said}, Python {e['python']}, {e['date'][:10]}{of}"] = None
     return f"Machine: {'; '.join(sorted(machines))}."
 
 
@@ -198,8 +199,8 @@ def _ms(milliseconds: float) -> str:
 
 
 def highlights(files: Mapping[Path, Sequence[Record]]) -> str:
-    """Markdown: a few rows of the CPU's results, where ours is slower among them."""
-    records = [record for records in files.values() for record in records if record["device"] == "cpu"]
+    """Markdown: a few rows of the first CPU's results, where ours is slower among them."""
+    records = next((records for records in files.values() if records[0]["device"] == "cpu"), [])
     rows = [["sequence", "tokens", "pass", "against", "factor"], ["---", "--:", "---", "---", "--:"]]
     shown = []
     for layout, length, dtype, measured, peer, said in HIGHLIGHTS:

@@ -268,7 +268,8 @@ def test_readme_tables_are_per_machine_and_set_like_against_like(measured: list[
     readme = pytest.importorskip("benchmarks.readme", reason="the tests stand alone, without the source tree")
     by = {(r["workload"]["name"], r["workload"]["length"], r["pass"], r["contestant"]): r for r in measured}
     cpu = readme.render({Path("cpu.jsonl"): measured})
-    assert cpu.startswith("**CPU**") and cpu.endswith("GPU figures are not measured yet.")
+    machine = measured[0]["environment"]["device"]
+    assert cpu.startswith(f"**{machine}**") and cpu.endswith("GPU figures are not measured yet.")
     row = next(line for line in cpu.splitlines() if line.startswith("| llava-next | 96 | float32 | fwd |"))
     eager, ours = (by["llava-next", 96, "forward", name] for name in ("eager-moda", "moda-cpu-aligned"))
     assert f"{eager['ms']['median'] / ours['ms']['median']:.2f}×" in row, (
