@@ -229,7 +229,7 @@ PYBIND11_MODULE(MODA_MODULE, module) {
   using namespace pybind11::literals;
   using Unlocked = py::call_guard<py::gil_scoped_release>;
   module.doc() = "Segmentation, intervals, tiles and plans; use it through moda_kernels.runtime.native.";
-  module.attr("INTERFACE") = 5;  // as in native.py
+  module.attr("INTERFACE") = 6;  // as in native.py
   module.attr("WITH_CUDA") = kWithCuda;
   module.attr("CUDA_ARCHITECTURES") = MODA_CUDA_ARCHITECTURES;
   module.attr("CUDA_RUNTIME") = runtime_version();

@@ -18,7 +18,7 @@ from torch import Tensor
 from moda_kernels.runtime import checks
 
 #: Changes with the extension's functions, as in `csrc/bindings.cpp`: an old build must not be taken for a new one.
-INTERFACE = 5
+INTERFACE = 6
 
 _extension: types.ModuleType | None = None
 _missing: str | None = None  # why there is no extension
