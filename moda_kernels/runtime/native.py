@@ -191,7 +191,7 @@ def mask_intervals(
     columns = _checked("columns", columns, device, (rows,), torch.int64)
 
     new = functools.partial(torch.empty, dtype=torch.int32, device=device)
-    limits, positions = new(2 * passes if intervals == 1 else 1 + 3 * passes, rows), new(passes, tokens)
+    limits, positions = new(limits_of(passes, intervals), rows), new(passes, tokens)
     index, stream = _queue(device)
     # Room for each role whose steps are searched, of those passes that are done at once.
     slots = min(len(rules) // max(passes, 1), extension.PASSES_AT_ONCE) if any(r & 24 for r in rules) else 0
@@ -322,10 +322,20 @@ def _walk_call(
     return call, (limits, positions, cu_q, cu_k, workspace)
 
 
+def limits_of(passes: int, intervals: int) -> int:
+    """How many limits a row has, of `tokens.intervals.Intervals`: all second intervals share their lower ones."""
+    return 2 * passes if intervals == 1 else 1 + 3 * passes
+
+
+def intervals_of(limits: Tensor, passes: int) -> int:
+    """How many intervals a row may have in a pass."""
+    return 1 if limits.shape[0] == limits_of(passes, 1) else 2
+
+
 def _limits(limits: Tensor, device: torch.device, passes: int, rows: int) -> tuple[int, Tensor]:
     """Limits of `tokens.intervals.Intervals`, and how many intervals they are of."""
-    intervals = 1 if limits.shape[0] == 2 * passes else 2
-    shape = (2 * passes if intervals == 1 else 1 + 3 * passes, rows)
+    intervals = intervals_of(limits, passes)
+    shape = (limits_of(passes, intervals), rows)
     return intervals, _checked("limits", limits, device, shape, like="limits")
 
 

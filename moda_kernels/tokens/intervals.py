@@ -126,12 +126,10 @@ class Intervals(NamedTuple):
 
 def limits_shape(passes: int, intervals: int, rows: Any) -> tuple[Any, Any]:
     """The shape of `Intervals.limits`."""
-    return (2 * passes if intervals == 1 else 1 + 3 * passes), rows
+    return native.limits_of(passes, intervals), rows
 
 
-def intervals_of(limits: Tensor, passes: int) -> int:
-    """How many intervals a row may have in a pass."""
-    return 1 if limits.shape[0] == 2 * passes else 2
+intervals_of = native.intervals_of
 
 
 def ends_of(limits: Tensor, passes: int) -> tuple[Tensor, Tensor]:
