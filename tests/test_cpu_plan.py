@@ -1,6 +1,8 @@
-"""Plans of the CPU backend from random intervals: each visible score once, the same without the extension."""
+"""Plans of the CPU backend from random intervals: each visible score once, the same without the extension; and that
+the few rows of a batch with unequal padding are one call."""
 
 import itertools
+import math
 import random
 
 import pytest
@@ -8,7 +10,8 @@ import torch
 from test_walks import stored
 from torch import Tensor
 
-from moda_kernels.backends.cpu import twin
+import moda_kernels as mk
+from moda_kernels.backends.cpu import kernel, twin
 from moda_kernels.backends.cpu.plan import COSTS, Job, make_jobs, size_of
 from moda_kernels.runtime import native
 from moda_kernels.tokens.intervals import FAR, NOTHING, Intervals, ends_of
@@ -165,3 +168,39 @@ def test_positions_that_do_not_rise_are_refused(planner: object) -> None:
             planner.plan_attention(  # type: ignore[attr-defined]
                 limits, torch.tensor([positions]).int(), bounds, bounds, (0, 1), COSTS
             )
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_few_rows_of_a_padded_batch(dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are one call, and whatever lies in padding, it doesn't reach them: neither NaN, nor what makes it."""
+    calls = []
+    monkeypatch.setattr(kernel, "_kernel", lambda *a, run=kernel._kernel: calls.append(a) or run(*a))
+    padding = torch.arange(40) < torch.tensor([[0], [1], [7], [8], [9], [16], [31], [36]])
+    layout = mk.segment_modalities(torch.where(padding, -1, 0), num_modalities=1)
+    q, k, v = (torch.randn(8, h, n, 16, dtype=dtype) for h, n in ((4, rows), (2, 40), (2, 40)))
+    leaf = q.clone().requires_grad_()
+    options = {"layout": layout, "is_causal": True, "enable_gqa": True, "return_lse": True}
+    exact = mk.moda_attention(q.double(), k.double(), v.double(), backend="reference", **options)
+    rounding = {torch.float64: 1e-9, torch.float32: 1e-5}.get(dtype, 2e-2)
+
+    def check(k: Tensor, v: Tensor) -> None:
+        for x, y in zip(mk.moda_attention(q, k, v, backend="cpu", **options), exact, strict=True):
+            torch.testing.assert_close(x.double(), y, rtol=rounding, atol=rounding)
+
+    check(k, v)
+    assert len(calls) == 1
+    largest = torch.finfo(dtype).max
+    for poison in (math.nan, math.inf, -math.inf, largest, -largest):
+        for dims in (slice(0, 1), slice(None)):
+            for where in (padding, padding & (torch.arange(40) == 6), padding & (torch.arange(40) == 0)):
+                bad = torch.zeros(16, dtype=torch.bool)
+                bad[dims] = True
+                bad = where[:, None, :, None] & bad
+                check(k.masked_fill(bad, poison), v)
+                check(k, v.masked_fill(bad, poison))
+    calls.clear()
+    hidden = padding[:, None, :, None]
+    out = mk.moda_attention(leaf, k.masked_fill(hidden, -math.inf), v, backend="cpu", **options)[0]
+    (dquery,) = torch.autograd.grad(out.sum(), leaf)
+    assert len(calls) > 1 and bool(dquery.isfinite().all())

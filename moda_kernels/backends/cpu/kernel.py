@@ -40,7 +40,9 @@ def forward(
         return _kernel(query, key, value, causal, attn_mask, scale)
     run = _few if rows <= FEW_ROWS else _many
     if run is _few:
-        together = narrow or keys >= (LEAST_KEYS // 4 if attn_mask is None else LEAST_KEYS)
+        # (The mask of one row is not written out.)
+        saved = query.shape[0] * (heads - key_heads) * keys if rows == 1 else 0
+        together = narrow or saved >= 2 * LEAST_KEYS or keys >= LEAST_KEYS // (4 if attn_mask is None else 1)
     else:  # rows are written out anew for it, once and back
         together = attn_mask is None and keys >= LEAST_KEYS and _larger_tiles(query.shape, key_heads)
     if group == 1 or not together:
@@ -131,7 +133,8 @@ def _kernel(
 def _grouped_mask(attn_mask: Tensor, key_heads: int, group: int) -> Tensor:
     """For heads that are rows: of a group, one head after the other."""
     if attn_mask.dim() < 4 or attn_mask.shape[1] == 1:
-        return _again(attn_mask, group)
+        one = attn_mask.shape[-2] == 1
+        return attn_mask.expand(*attn_mask.shape[:-2], group, -1) if one else _again(attn_mask, group)
     return _grouped(attn_mask, key_heads)
 
 

@@ -249,7 +249,7 @@ def apply(
         return out
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     one = plan.one if extra is None and attn_mask is None else None
-    if one is not None and not (differentiable and return_lse):
+    if one is not None and not one.padding and not (differentiable and return_lse):
         passes = (False, True) if differentiable else (False,)
         if query.dtype.itemsize > 2 or not any(routes.widens(query.dtype, each, plan.rows) for each in passes):
             out = rectangles.attend_at_once(query, key, value, one, scale)

@@ -14,12 +14,13 @@ no rule is known here. Spans are in query rows and key columns of one sequence, 
 import itertools
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from moda_kernels.backends.cpu import twin
+from moda_kernels.backends.cpu.kernel import FEW_ROWS
 from moda_kernels.backends.cpu.twin import CAUSAL, MASKED, Costs
 from moda_kernels.runtime import native
 from moda_kernels.runtime.lasting import lasting
@@ -30,6 +31,9 @@ from moda_kernels.tokens.intervals import Intervals
 COSTS = Costs(call=8_000, row=48, key=24, masked=115, causal_block=512, atom=64, most=1024, whole=1536)
 #: Of 16-bit numbers: they are made 32-bit ones and back for each sum.
 NARROW_COSTS = COSTS._replace(row=96, key=48)
+
+#: What planners take first: limits, positions, cu_seqlens, cu_seqlens_q, passes.
+_Where = tuple[Tensor, Tensor, Tensor, Tensor, tuple[int, int]]
 
 #: Rows or key columns of a job: a run of them, or any ascending ones (int64).
 Span = slice | Tensor
@@ -91,14 +95,16 @@ class OneCall(NamedTuple):
 
     Attributes:
         keys: which ones; None: all.
-        causal: or not. mask: additive, ``[rows, keys]``; or None. It hides no row wholly.
+        causal: or not. mask: additive, ``[rows, keys]`` or ``[B, 1, rows, keys]``; or None. It hides no row wholly.
         documents: so many packed documents of one length are a batch.
+        padding: whether padding is among the keys, hidden by the mask alone.
     """
 
     keys: Span | None
     causal: bool
     mask: Tensor | None
     documents: int
+    padding: bool = False
 
 
 class Plan(NamedTuple):
@@ -133,6 +139,9 @@ def make_plan(
     of_jobs = [(job.queries, job.keys) if packed else (job.batch, job.batch) for job in jobs]
     on_axis = [size_of(queries) for queries, _ in of_jobs], [size_of(keys) for _, keys in of_jobs]
     plan = Plan(jobs, None, sum(sizes) // max(len(sizes), 1), 2 if packed else 0, on_axis)
+    if len(jobs) > 1 and not packed:
+        where = (*intervals, cu_seqlens, cu_seqlens_q, passes)
+        return plan._replace(one=_together(where, jobs, costs, torch.promote_types(dtype, torch.float32)))
     if len(jobs) != 1 or len(jobs[0].regions) != 1 or len(jobs[0].regions[0].blocks) != 1:
         return plan
     (job,) = jobs
@@ -147,6 +156,31 @@ def make_plan(
         return plan
     mask = None if block.mask is None else additive(block.mask, torch.promote_types(dtype, torch.float32))
     return plan._replace(one=OneCall(None if all_keys else block.keys, block.causal, mask, job.documents))
+
+
+def _together(where: _Where, jobs: list[Job], costs: Costs, dtype: torch.dtype) -> OneCall | None:
+    """Few rows of a batch that differ, say in padding: one masked call over everything, where that is cheaper."""
+    limits, positions, cu_seqlens, _, _ = where
+    batch = cu_seqlens.numel() - 1
+    rows, keys = limits.shape[1] // batch, positions.shape[1] // batch
+    if not 0 < rows <= FEW_ROWS or keys == 0:
+        return None
+    masked = keys * costs.masked // 100
+    apart = 0
+    for job in jobs:
+        for block in (block for region in job.regions for block in region.blocks):
+            of_rows, of_keys = size_of(block.rows), size_of(block.keys)
+            scores = of_rows * (of_keys if block.mask is None else of_keys * costs.masked // 100)
+            apart += costs.call + size_of(job.batch) * (costs.row * of_rows + costs.key * of_keys + scores)
+    if costs.call + batch * (costs.row * rows + costs.key * keys + rows * masked) >= apart:
+        return None
+    calls = [[s, s + 1, 1, MASKED, rows, 0, -1, keys, 0, -1] for s in range(batch)]
+    as_tensor = torch.tensor(calls, dtype=torch.int32, device="cpu")
+    sizes = (batch * rows * keys, batch * rows)
+    seen, hidden = _planner().plan_masks(*where, as_tensor, as_tensor.new_empty(0), sizes)
+    if bool(hidden.any()):  # of such rows ATen makes NaN in some dtypes
+        return None
+    return OneCall(None, False, additive(seen.view(batch, 1, rows, keys), dtype), 1, padding=True)
 
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
@@ -170,7 +204,7 @@ def make_jobs(
         cu_seqlens, cu_seqlens_q: int32 ``[N + 1]``, of keys and of query rows.
         packed: documents, or rows of a batch.
     """
-    planner = native if native.runs_on(torch.device("cpu")) else twin
+    planner = _planner()
     where = (*intervals, cu_seqlens, cu_seqlens_q, passes)
     calls, indices = planner.plan_attention(*where, costs)
     rows = calls.tolist()
@@ -234,6 +268,10 @@ def make_jobs(
     if size_of(queries) or size_of(columns):
         jobs.append(Job(_FIRST, queries, columns, []))
     return jobs
+
+
+def _planner() -> Any:
+    return native if native.runs_on(torch.device("cpu")) else twin
 
 
 def _whole(regions: list[Region], rows: int, keys: int) -> Block | None:

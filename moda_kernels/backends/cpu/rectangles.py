@@ -44,7 +44,9 @@ def attend(
         return out.to(query.dtype), lse
     if extra is None and attn_mask is None and plan.one is not None:
         out, lse = attend_at_once(query, key, value, plan.one, scale)
-        return out, lse.contiguous()
+        # What isn't finite in a hidden key makes NaN of all rows that it is hidden from.
+        if not plan.one.padding or math.isfinite(float(out.sum(dtype=lse.dtype))):
+            return out, lse.contiguous()
     rows = [_split(t, plan, 0) for t in (query, extra)]
     keys = [_split(t, plan, 1) for t in (key, value)]
     parts = [
@@ -128,7 +130,7 @@ def gradients(
         out = torch.cat((out, -dlse[..., None].to(out.dtype)), -1)
         dout = torch.cat((dout, torch.ones_like(dout[..., :1])), -1)
     one = plan.one
-    if attn_mask is None and one is not None and one.keys is None:  # all see something
+    if attn_mask is None and one is not None and one.keys is None and not one.padding:  # all see something
         do, q, k, v, o, s = (_documents(t, one.documents) for t in (dout, query, key, value, out, lse))
         grads = kernel.backward(do, q, k, v, o, s, one.causal, one.mask, scale)
         dquery, dkey, dvalue = (_side_by_side(t, one.documents) for t in grads)
