@@ -242,6 +242,27 @@ def test_nothing_to_see(shape: tuple[int, int], duplex: str) -> None:
     assert all(bool((g == 0).all()) for g in grads)
 
 
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32])
+def test_tiles_without_anything_to_see_under_an_attn_mask(kind: torch.dtype) -> None:
+    """Their loop goes round once all the same; what it meets there is not read."""
+    ids = torch.tensor([0] * 40 + [1] * 40, device=DEVICE)[None]
+    layout = mk.segment_modalities(ids, num_modalities=2)
+    mask = mk.ModularMask([[0, 0], [0, 1]])  # the first half sees nothing, and nothing sees it
+    given = [torch.randn(1, 2, 80, 16, device=DEVICE) for _ in range(4)]
+    attn_mask = torch.rand(80, 80, device=DEVICE) > 0.3
+    attn_mask = attn_mask if kind == torch.bool else attn_mask.float()
+    results = []
+    for backend, content in (("reference", 0.0), ("triton", math.nan)):
+        half = torch.arange(80, device=DEVICE)[:, None] < 40
+        *leaves, dout = (x.masked_fill(half, content) for x in given)
+        leaves = [x.requires_grad_() for x in leaves]
+        with poisoned_memory():
+            out = mk.moda_attention(*leaves, attn_mask, layout=layout, mask=mask, backend=backend)
+            results.append([out, *torch.autograd.grad(out, leaves, dout)])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+    assert all(bool((x[:, :, :40] == 0).all()) for x in results[1])
+
+
 @pytest.mark.parametrize("fusion", [None, "sequence", "causal", "released"])
 @pytest.mark.parametrize("content", [math.nan, math.inf])
 def test_padding_may_hold_anything(fusion: str | None, content: float, always_fold: None) -> None:

@@ -53,13 +53,16 @@ STACK: Mapping[tuple[str, Target], int] = {
     ("forward", 80): 64, ("forward", 90): 0, ("forward", 100): 0,
     ("folded", 80): 64, ("folded", 90): 0, ("folded", 100): 0,
     ("query", 80): 64, ("query", 86): 16, ("query", 90): 16, ("query", 100): 16,
-    ("keys", 80): 64, ("keys", 90): 8, ("keys", 100): 64,
+    ("keys", 80): 64, ("keys", 90): 8, ("keys", 100): 64, ("keys", 120): 8,
 }  # fmt: skip
 
 #: And with head sizes beyond 128, where accumulators alone take half of the registers.
 WIDE_STACK = 64
-#: And with several walks, each with two loops of its own.
-MANY_STACK = 128
+#: And with several walks, each with two loops of its own; with a bias and the weights of two softmaxes, too, sm_90's
+#: keys' side loads ten numbers again in loops of 680 instructions (narrower tiles take half as many again).
+MANY_STACK, MOST_STACK = 128, 192
+#: Of sm_120 ptxas fetches a constant of the row sums from the stack.
+ROW_SUMS_STACK: Mapping[tuple[Target, int], int] = {(120, 128): 8}
 
 #: The gate compiles every configuration in 16 bits of these architectures. Of the others, whose kernels differ little,
 #: it compiles a sample: kind, bits and head size. `--all` compiles everything.
@@ -119,7 +122,7 @@ def attention_build(
     }  # fmt: skip
     constants: dict[str, Any] = {
         "D": head_dim, "E": head_dim, "BLOCK_D": padded(head_dim), "BLOCK_E": padded(head_dim),
-        "UNIT": 16 if head_dim % 16 == 0 else 1, "GROUP": GROUP, "BLOCK_Q": config.block_q, "BLOCK_K": config.block_k,
+        "UNIT": unit_of(head_dim), "GROUP": GROUP, "BLOCK_Q": config.block_q, "BLOCK_K": config.block_k,
         "PART": config.part, "SPLIT": split, "MASK": _mask_kind(features), "PRECISION": "ieee", "CHAINS": CHAINS,
         "PASSES": passes, "FIRST_PASSES": passes // 2 if split else passes, "INTERVALS": intervals,
         "AFFINE": passes == 1,
@@ -133,9 +136,16 @@ def attention_build(
         STACK.get((kind, table_of(target)), 0) if padded(head_dim) <= 128 else WIDE_STACK,
         MANY_STACK if passes != 1 or intervals > 1 else 0,
     )
+    if (kind, table_of(target), split, "bias" in features) == ("keys", 90, True, True):
+        allowance = MOST_STACK
     if kind in ("forward", "masked") and passes == intervals == 1 and dtype != "fp32":
         allowance = 0  # the walk of most masks
     return _build(name, kernel, target, config, types, constants, allowance, gate)
+
+
+def unit_of(head_dim: int) -> int:
+    """What `launch.unit_of` is for tensors with such rows."""
+    return 8 if head_dim % 8 == 0 else 1
 
 
 def _mask_kind(features: Sequence[str]) -> int:
@@ -204,11 +214,16 @@ def builds() -> Iterator[Build]:
                 variants += [(("pseudo",), 1), (("fault",), 1), (("split", "pseudo"), 2)]
             else:
                 variants += [(("mask",), 1), (("float mask",), 1)]
+            masked = find(configs.MASKED_KEYS, target, 16, 128) if kind == "keys" else config
             for features, passes in variants:
-                yield attention_build(kind, target, config if passes else of_many, 128, "bf16", features, passes)
+                chosen = masked if _mask_kind(features) else config if passes else of_many
+                gate = (
+                    target == 90 and kind != "forward" and bool(_mask_kind(features))
+                )  # its loops are serialised easily
+                yield attention_build(kind, target, chosen, 128, "bf16", features, passes, gate=gate)
             yield attention_build(kind, target, config, 128, intervals=2)
             yield attention_build(kind, target, of_many, 128, passes=0, intervals=2)
-            for size in (40, 80, 96):
+            for size in (40, 72, 96):
                 narrow = find(TABLES[kind], target, 16, padded(size))
                 yield attention_build(kind, target, narrow, size)
             yield attention_build(kind, target, config, 128, "fp16")
@@ -232,10 +247,11 @@ def _in_gate(kind: str, target: Target, bits: int, size: int) -> bool:
 def _row_sums(target: Target, query: AttentionConfig, size: int) -> Build:
     """A thread's work is a row of the tiles that dq goes through."""
     types = {"tensors": pointers(RowTensors, "bf16"), "extras": _extras(("pseudo",), "bf16")}
-    constants = {"E": size, "BLOCK_E": size, "UNIT": 16, "BLOCK_Q": query.block_q, "SPLIT": False}
+    constants = {"E": size, "BLOCK_E": size, "UNIT": unit_of(size), "BLOCK_Q": query.block_q, "SPLIT": False}
     gate = target == 90 and size > 64
     name = f"attention_row_sums {size}"
-    return _build(name, attention_row_sums, target, configs.ROW_SUMS, types, constants, 0, gate)
+    allowance = ROW_SUMS_STACK.get((target, size), 0)
+    return _build(name, attention_row_sums, target, configs.ROW_SUMS, types, constants, allowance, gate)
 
 
 def _decode_builds() -> Iterator[Build]:
@@ -268,7 +284,7 @@ def _decode_build(
         "extras": _extras(features, dtype), "facts": _integers(Facts),
     }  # fmt: skip
     constants: dict[str, Any] = {
-        "UNIT": 16, "D": size, "E": size, "BLOCK_D": padded(size), "BLOCK_E": padded(size), "GROUP": GROUP,
+        "UNIT": unit_of(size), "D": size, "E": size, "BLOCK_D": padded(size), "BLOCK_E": padded(size), "GROUP": GROUP,
         "BLOCK_R": block_r, "BLOCK_K": config.block_k, "INTERVALS": 2 if "intervals=2" in features else 1,
         "MASK": _mask_kind(features), "PRECISION": "ieee",
     }  # fmt: skip
@@ -285,7 +301,7 @@ def _around_decode(target: Target) -> Iterator[Build]:
         for size in sizes:
             types: dict[str, Any] = dict.fromkeys(("p_q", "p_matrix", "p_turned"), f"*{dtype}")
             constants: dict[str, Any] = {
-                "UNIT": 16, "D": size, "BLOCK_D": padded(size), "GROUP": GROUP, "BLOCK_R": 32,
+                "UNIT": unit_of(size), "D": size, "BLOCK_D": padded(size), "GROUP": GROUP, "BLOCK_R": 32,
                 "BLOCK_C": TURN_COLUMNS[16 if dtype == "bf16" else 32], "PRECISION": "ieee",
             }  # fmt: skip
             if dtype == "fp32":
@@ -297,7 +313,7 @@ def _around_decode(target: Target) -> Iterator[Build]:
     for split in (False, True):
         features = ("pseudo", "fault", "split") if split else ()
         types = {"tensors": pointers(CombineTensors, "bf16"), "extras": _extras(features, "bf16")}
-        constants = {"UNIT": 16, "E": 128, "BLOCK_E": 128, "GROUP": GROUP, "BLOCK_R": 32, "SPLIT": split}
+        constants = {"UNIT": unit_of(128), "E": 128, "BLOCK_E": 128, "GROUP": GROUP, "BLOCK_R": 32, "SPLIT": split}
         name = "attention_decode_combine" + (" split" if split else "")
         yield _build(
             name, attention_decode_combine, target, configs.AROUND_DECODE, types, constants, 0, gate and split

@@ -112,6 +112,11 @@ BACKWARD_KEYS: AttentionTable = {
     },
 }
 
+# With an attn_mask every tile is taken in parts, and of sm_90 those of 32 rows spill.
+MASKED_KEYS: AttentionTable = {
+    **BACKWARD_KEYS, 90: {**BACKWARD_KEYS[90], 16: {**BACKWARD_KEYS[90][16], 128: _A(8, 2, 64, 128, 16)}},
+}  # fmt: skip
+
 # With more walks than a kernel unrolls a loop goes over them, around the loops over tiles: of sm_100 the compiler then
 # keeps accumulators in registers between those, and 160 to 740 bytes spill. So fewer keys at a time; one stage where
 # two accumulators are left over.

@@ -263,9 +263,9 @@ def count_rows(x: Tensor) -> int:
 
 
 def unit_of(*tensors: Tensor) -> int:
-    """16 where rows of all tensors begin at multiples of 16 elements, so that kernels may load them in wide pieces."""
+    """8 where rows of all tensors begin at multiples of 8 elements, so that kernels may load them in wide pieces."""
     steps = (s for x in tensors for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1)
-    return 16 if all(s % 16 == 0 for s in steps) else 1
+    return 8 if all(s % 8 == 0 for s in steps) else 1
 
 
 def strides(name: str, x: Tensor, unit: int) -> dict[str, int]:

@@ -341,7 +341,8 @@ def configurations(call: AttentionCall, folded: bool) -> Configs:
         return tuple(tuple(configs.INTERPRETED[kind].numbers()) for kind in ("forward", "query", "keys"))
     table_of, bits = architecture(device), torch.finfo(call.query.dtype).bits
     size = max(padded(call.query.shape[-1]), padded(call.value.shape[-1]))
-    forward, query, keys = configs.FORWARD, configs.BACKWARD_QUERY, configs.BACKWARD_KEYS
+    forward, query = configs.FORWARD, configs.BACKWARD_QUERY
+    keys = configs.BACKWARD_KEYS if call.attn_mask is None else configs.MASKED_KEYS
     if pass_numbers(call, by_modality=call.pair_bias is not None).many:
         forward, query, keys = (configs.MANY[kind] for kind in ("forward", "query", "keys"))
     forward = configs.FOLDED if folded else forward if call.attn_mask is None else configs.MASKED

@@ -168,8 +168,10 @@ def _visit(
         b_delta = tl.load(at.p_row_sums + o_sum + o_q, mask=b_real, other=0.0)
     else:
         b_delta = tl.load(at.p_row_sums + o_sum + o_q)
-    b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q.dtype)
-    b_dk = tl.dot(b_ds, b_q, b_dk, input_precision=PRECISION)
+    b_ds = b_p * (b_dp - b_delta[None, :])
+    if MASK > 0:
+        b_ds = tl.where(b_p == 0.0, 0.0, b_ds)
+    b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
     return b_dk, b_dv
 
 
@@ -269,7 +271,11 @@ def _compared(
     b_shift = b_first - b_start
     PARTS: tl.constexpr = BLOCK_Q // PART
     ahead = tl.load(p_list + _shift(b_start, b_until, b_shift, 0))
-    for i in range(0, tl.sum(b_length, 0) * (GROUP * PARTS)):
+    count = tl.sum(b_length, 0) * (GROUP * PARTS)
+    if MASK > 0:  # at least once, see `backward_query.py`
+        ahead = tl.where(count > 0, ahead, at.rows)
+        count = tl.maximum(count, 1)
+    for i in range(0, count):
         row = ahead + i % PARTS * PART
         n = (i + 1) // (GROUP * PARTS)
         ahead = tl.load(p_list + n + _shift(b_start, b_until, b_shift, n))

@@ -216,6 +216,8 @@ def _visit(
     if SPLIT:
         b_dp *= weight
     b_ds = b_p * (b_dp - b_delta[:, None])
+    if MASK > 0:  # a tile without anything to see adds nothing, whatever its rows hold
+        b_ds = tl.where(b_p == 0.0, 0.0, b_ds)
     if BIAS:
         b_db += tl.sum(b_ds, 1)
     b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
@@ -263,7 +265,13 @@ def _walk(
     p_keys = facts.positions + numbers.all_keys.to(tl.int64) * i_pass + at.begin
     runs = masked_runs(walk.runs, i_walk, numbers.tiles, at.i_tile, MASK > 0)
     next_tile = tl.load(p_list + entry_of(runs, 0))
-    for i in range(0, runs.until_third * PARTS):
+    count = runs.until_third * PARTS
+    if MASK > 0:
+        # The one loop there is goes round at least once, if only past the last key: of one that may not, ptxas makes
+        # each wgmma wait, because where it is left out the accumulator is no product's.
+        next_tile = tl.where(count > 0, next_tile, at.keys)
+        count = tl.maximum(count, 1)
+    for i in range(0, count):
         column = next_tile + i % PARTS * PART
         next_tile = tl.load(p_list + entry_of(runs, (i + 1) // PARTS))
         b_position = tl.load(p_keys + column + o_part, mask=column + o_part < at.keys, other=-1)
