@@ -181,6 +181,13 @@ def test_head_sizes(dims: tuple[int, int]) -> None:
     check(case, length=37, head_dim=head_dim)
 
 
+@pytest.mark.parametrize(("dim", "unit"), [(36, 1), (40, 8), (64, 8), (72, 8), (120, 8)])
+def test_rows_are_read_in_wide_pieces(dim: int, unit: int) -> None:
+    """16 bytes at a time, where all begin at multiples of that."""
+    assert kernels.unit_of(torch.empty(2, 3, 5, dim, device=DEVICE)) == unit
+    assert kernels.unit_of(torch.empty(2, 5, 3, dim, device=DEVICE).transpose(1, 2)) == unit
+
+
 @pytest.mark.parametrize("length", [1, 2, 33])
 def test_lengths(length: int) -> None:
     for name in ("joint_bidirectional", "split_causal", "pseudo_sequence", "joint_all_padding"):
