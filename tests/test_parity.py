@@ -5,7 +5,9 @@ rows, written here from the specification and from nothing else. Gradients are a
 """
 
 import contextlib
+import itertools
 import math
+from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -204,9 +206,17 @@ def test_reference_agrees_with_loops(case: Case, dtype: torch.dtype) -> None:
 # Backends
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=by_name)
-@pytest.mark.parametrize("backend", [name for name in backends.BACKENDS if name != "reference"])
+def agreements() -> Iterator[Any]:
+    """Every backend, case and dtype. In the interpreter float16 differs from float32 by what it rounds: the gate takes
+    every other case of it there."""
+    names = [name for name in backends.BACKENDS if name != "reference"]
+    for backend, (n, case), dtype in itertools.product(names, enumerate(CASES), DTYPES):
+        thinned = backend == "triton" and dtype == torch.float16 and not torch.cuda.is_available()
+        marks = [pytest.mark.exhaustive] if thinned and n % 2 else []
+        yield pytest.param(backend, case, dtype, id=f"{backend}-{case.name}-{dtype}", marks=marks)
+
+
+@pytest.mark.parametrize(("backend", "case", "dtype"), agreements())
 def test_backend_agrees_with_oracle(backend: str, case: Case, dtype: torch.dtype) -> None:
     absent = backends.BACKENDS[backend].why_absent()
     if absent:

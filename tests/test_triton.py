@@ -440,7 +440,7 @@ def test_deterministic() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("name", ["joint_gqa", "packed_split", "bias_own"])
+@pytest.mark.parametrize("name", ["joint_gqa", "packed_split", pytest.param("bias_own", marks=pytest.mark.exhaustive)])
 def test_opcheck(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The raw operators: schemas, fakes, and what AOT makes of them."""
     calls: list[tuple[Any, tuple[Any, ...]]] = []

@@ -123,7 +123,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-@DTYPES
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.exhaustive)], ids=str)
 def test_masks_of_models(name: str, dtype: torch.dtype) -> None:
     rules, make = MODELS[name]
     layout = make()

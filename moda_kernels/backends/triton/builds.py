@@ -262,7 +262,7 @@ def _decode_builds() -> Iterator[Build]:
             dtype = "bf16" if bits == 16 else "fp32"
             for size, config in by_size.items():
                 for block_r in (16, 32):
-                    gate = _in_gate("decode", target, bits, size) and (target in WHOLE or block_r == 16)
+                    gate = _in_gate("decode", target, bits, size) and (target == 90 or block_r == 16)
                     yield _decode_build(target, config, size, dtype, block_r, gate=gate)
         if target != known.table:
             continue
