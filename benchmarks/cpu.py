@@ -1,14 +1,16 @@
 """The CPU backend by parts: what a call costs beside its kernel, what plans cost, and what kernels make of the machine.
 
-    python -m benchmarks.cpu [calls] [plans] [peak]
+    python -m benchmarks.cpu [calls] [padded] [plans] [peak]
 
-`calls`: eight tokens, one layout for all calls, beside SDPA, forward and with its backward, in microseconds. `plans`:
+`calls`: eight tokens, one layout for all calls, beside SDPA, forward and with its backward, in microseconds. `padded`:
+one new row of each sequence of a batch with unequal padding on the left, beside SDPA with a bool mask, too. `plans`:
 intervals and rectangles of new layouts, in milliseconds. `peak`: matrix products, large and in the tiles that attention
 has, exponentials, and ATen's attention kernel, in billions of operations a second; from the first three what a kernel
 would reach that does nothing else, one after the other. Wall time where nothing else runs, all threads.
 """
 
 import argparse
+import functools
 import time
 from collections.abc import Callable
 
@@ -65,6 +67,22 @@ def calls() -> None:
         if not name.startswith("decode"):
             one, two = seconds(backward(theirs), backward(ours), rounds=30, calls=100)
             print(f"{name + ', with backward':30s}{1e6 * one:8.1f}{1e6 * two:7.1f}")
+
+
+def padded() -> None:
+    print("padded, µs            SDPA, bool   ours")
+    for dtype in (torch.float32, torch.bfloat16):
+        for batch, keys in ((8, 256), (8, 1024), (32, 256)):
+            padding = torch.arange(keys) < torch.randint(0, keys // 3, (batch, 1))
+            layout = mk.segment_modalities(torch.where(padding, -1, 0), num_modalities=2)
+            q, k, v = (torch.randn(batch, h, n, 64, dtype=dtype) for h, n in ((8, 1), (2, keys), (2, keys)))
+            options = {"enable_gqa": True, "attn_mask": ~padding[:, None, None]}
+            one, two = seconds(
+                functools.partial(F.scaled_dot_product_attention, q, k, v, **options),
+                functools.partial(mk.moda_attention, q, k, v, layout=layout, mask=CAUSAL, enable_gqa=True),
+                rounds=30, calls=10,
+            )  # fmt: skip
+            print(f"{f'{dtype}, {batch} x {keys}':22s}{1e6 * one:10.0f}{1e6 * two:7.0f}")
 
 
 def plans() -> None:
@@ -130,9 +148,9 @@ def peak() -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__.partition("\n")[0])
-    parser.add_argument("parts", nargs="*", choices=["calls", "plans", "peak", []], help="default: all")
-    asked = parser.parse_args().parts or ["calls", "plans", "peak"]
+    parser.add_argument("parts", nargs="*", choices=["calls", "padded", "plans", "peak", []], help="default: all")
+    asked = parser.parse_args().parts or ["calls", "padded", "plans", "peak"]
     torch.manual_seed(0)
-    for part in (calls, plans, peak):
+    for part in (calls, padded, plans, peak):
         if part.__name__ in asked:
             part()

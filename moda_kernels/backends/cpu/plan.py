@@ -165,14 +165,11 @@ def _together(where: _Where, jobs: list[Job], costs: Costs, dtype: torch.dtype) 
     rows, keys = limits.shape[1] // batch, positions.shape[1] // batch
     if not 0 < rows <= FEW_ROWS or keys == 0:
         return None
-    masked = keys * costs.masked // 100
-    apart = 0
-    for job in jobs:
-        for block in (block for region in job.regions for block in region.blocks):
-            of_rows, of_keys = size_of(block.rows), size_of(block.keys)
-            scores = of_rows * (of_keys if block.mask is None else of_keys * costs.masked // 100)
-            apart += costs.call + size_of(job.batch) * (costs.row * of_rows + costs.key * of_keys + scores)
-    if costs.call + batch * (costs.row * rows + costs.key * keys + rows * masked) >= apart:
+    apart = sum(
+        costs.of_call(size_of(block.rows), size_of(block.keys), block.mask is not None, size_of(job.batch))
+        for job in jobs for region in job.regions for block in region.blocks
+    )  # fmt: skip
+    if costs.of_call(rows, keys, True, batch) >= apart:
         return None
     calls = [[s, s + 1, 1, MASKED, rows, 0, -1, keys, 0, -1] for s in range(batch)]
     as_tensor = torch.tensor(calls, dtype=torch.int32, device="cpu")

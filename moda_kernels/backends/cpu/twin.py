@@ -44,6 +44,11 @@ class Costs(NamedTuple):
     most: int
     whole: int
 
+    def of_call(self, rows: int, keys: int, masked: bool, times: int = 1) -> int:
+        """What a call costs, over a batch of `times`."""
+        scores = rows * keys * self.masked // 100 if masked else rows * keys
+        return self.call + times * (self.row * rows + self.key * keys + scores)
+
 
 def plan_attention(
     limits: Tensor,
@@ -271,16 +276,12 @@ class _Planner:
             some += _without(hull, every)
         return full, some
 
-    def _call_cost(self, rows: int, keys: int, masked: bool) -> int:
-        c = self.costs
-        return c.call + c.row * rows + c.key * keys + (rows * keys * c.masked // 100 if masked else rows * keys)
-
     def _cost(self, bounds: _Bounds, rows: int, kind: int) -> int:
         full, some = map(_size, self._split(bounds))
         if some == 0:
-            return self._call_cost(rows, full, False)
+            return self.costs.of_call(rows, full, False)
         apart = self._apart(rows, full, some, kind)
-        return self._call_cost(rows, full + some, True) if self._is_together(rows, full, some, apart) else apart
+        return self.costs.of_call(rows, full + some, True) if self._is_together(rows, full, some, apart) else apart
 
     def _apart(self, rows: int, full: int, some: int, kind: int) -> int:
         """One call for the keys that all rows see and one for the others. Of rising rows the last key that all see is
@@ -288,13 +289,15 @@ class _Planner:
         c = self.costs
         diagonal = c.call + (c.row + c.key) * rows + min(rows * rows, rows * (rows + c.causal_block) // 2)
         full -= kind == _RISING
-        return (self._call_cost(rows, full, False) if full > 0 else 0) + (
-            diagonal if kind == _RISING else self._call_cost(rows, some, True)
+        return (self.costs.of_call(rows, full, False) if full > 0 else 0) + (
+            diagonal if kind == _RISING else self.costs.of_call(rows, some, True)
         )
 
     def _is_together(self, rows: int, full: int, some: int, apart: int) -> bool:
         """Whether one masked call over all these keys does as well."""
-        return full > 0 and some > 0 and rows <= self.costs.most and self._call_cost(rows, full + some, True) <= apart
+        return (
+            full > 0 and some > 0 and rows <= self.costs.most and self.costs.of_call(rows, full + some, True) <= apart
+        )
 
     def _choose(self, rows: list[int]) -> tuple[list[_Group], int]:
         """The cheapest way to cut a class's rows into groups, and its cost."""
@@ -338,7 +341,7 @@ class _Planner:
                     change[begin] += 1
                     change[end] -= 1
             keys += [k for k, seen in zip(members, itertools.accumulate(change), strict=False) if seen > 0]
-        if self._call_cost(len(rows), len(keys), True) >= cost:
+        if self.costs.of_call(len(rows), len(keys), True) >= cost:
             return None
         return (1, MASKED, *self._span(rows), *self._span(sorted(keys)))
 

@@ -7,6 +7,8 @@ are multiples of it. Groups have 4 heads.
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from moda_kernels.backends.triton import configs
 from moda_kernels.backends.triton.configs import AttentionConfig, DecodeConfig
 from moda_kernels.backends.triton.kernels.backward_keys import KeyTensors, attention_backward_keys
@@ -25,6 +27,7 @@ from moda_kernels.backends.triton.kernels.decode import (
 )
 from moda_kernels.backends.triton.kernels.forward import ForwardTensors, attention_forward
 from moda_kernels.backends.triton.kernels.primitives import Extras
+from moda_kernels.backends.triton.launch import unit_of
 from moda_kernels.backends.triton.launch_decode import TURN_COLUMNS
 from moda_kernels.backends.triton.plan import Facts
 from moda_kernels.runtime import architectures
@@ -122,7 +125,7 @@ def attention_build(
     }  # fmt: skip
     constants: dict[str, Any] = {
         "D": head_dim, "E": head_dim, "BLOCK_D": padded(head_dim), "BLOCK_E": padded(head_dim),
-        "UNIT": unit_of(head_dim), "GROUP": GROUP, "BLOCK_Q": config.block_q, "BLOCK_K": config.block_k,
+        "UNIT": _unit(head_dim), "GROUP": GROUP, "BLOCK_Q": config.block_q, "BLOCK_K": config.block_k,
         "PART": config.part, "SPLIT": split, "MASK": _mask_kind(features), "PRECISION": "ieee", "CHAINS": CHAINS,
         "PASSES": passes, "FIRST_PASSES": passes // 2 if split else passes, "INTERVALS": intervals,
         "AFFINE": passes == 1,
@@ -143,9 +146,9 @@ def attention_build(
     return _build(name, kernel, target, config, types, constants, allowance, gate)
 
 
-def unit_of(head_dim: int) -> int:
-    """What `launch.unit_of` is for tensors with such rows."""
-    return 8 if head_dim % 8 == 0 else 1
+def _unit(head_dim: int) -> int:
+    """Of tensors with such rows, one after the other."""
+    return unit_of(torch.empty(2, head_dim, device="meta"))
 
 
 def _mask_kind(features: Sequence[str]) -> int:
@@ -214,12 +217,11 @@ def builds() -> Iterator[Build]:
                 variants += [(("pseudo",), 1), (("fault",), 1), (("split", "pseudo"), 2)]
             else:
                 variants += [(("mask",), 1), (("float mask",), 1)]
-            masked = find(configs.MASKED_KEYS, target, 16, 128) if kind == "keys" else config
+            of_masked = find(configs.MASKED_KEYS, target, 16, 128) if kind == "keys" else config
             for features, passes in variants:
-                chosen = masked if _mask_kind(features) else config if passes else of_many
-                gate = (
-                    target == 90 and kind != "forward" and bool(_mask_kind(features))
-                )  # its loops are serialised easily
+                masked = _mask_kind(features) > 0
+                chosen = of_masked if masked else config if passes else of_many
+                gate = masked and target == 90  # whose products wait for each other easily then
                 yield attention_build(kind, target, chosen, 128, "bf16", features, passes, gate=gate)
             yield attention_build(kind, target, config, 128, intervals=2)
             yield attention_build(kind, target, of_many, 128, passes=0, intervals=2)
@@ -247,7 +249,7 @@ def _in_gate(kind: str, target: Target, bits: int, size: int) -> bool:
 def _row_sums(target: Target, query: AttentionConfig, size: int) -> Build:
     """A thread's work is a row of the tiles that dq goes through."""
     types = {"tensors": pointers(RowTensors, "bf16"), "extras": _extras(("pseudo",), "bf16")}
-    constants = {"E": size, "BLOCK_E": size, "UNIT": unit_of(size), "BLOCK_Q": query.block_q, "SPLIT": False}
+    constants = {"E": size, "BLOCK_E": size, "UNIT": _unit(size), "BLOCK_Q": query.block_q, "SPLIT": False}
     gate = target == 90 and size > 64
     name = f"attention_row_sums {size}"
     allowance = ROW_SUMS_STACK.get((target, size), 0)
@@ -284,7 +286,7 @@ def _decode_build(
         "extras": _extras(features, dtype), "facts": _integers(Facts),
     }  # fmt: skip
     constants: dict[str, Any] = {
-        "UNIT": unit_of(size), "D": size, "E": size, "BLOCK_D": padded(size), "BLOCK_E": padded(size), "GROUP": GROUP,
+        "UNIT": _unit(size), "D": size, "E": size, "BLOCK_D": padded(size), "BLOCK_E": padded(size), "GROUP": GROUP,
         "BLOCK_R": block_r, "BLOCK_K": config.block_k, "INTERVALS": 2 if "intervals=2" in features else 1,
         "MASK": _mask_kind(features), "PRECISION": "ieee",
     }  # fmt: skip
@@ -301,7 +303,7 @@ def _around_decode(target: Target) -> Iterator[Build]:
         for size in sizes:
             types: dict[str, Any] = dict.fromkeys(("p_q", "p_matrix", "p_turned"), f"*{dtype}")
             constants: dict[str, Any] = {
-                "UNIT": unit_of(size), "D": size, "BLOCK_D": padded(size), "GROUP": GROUP, "BLOCK_R": 32,
+                "UNIT": _unit(size), "D": size, "BLOCK_D": padded(size), "GROUP": GROUP, "BLOCK_R": 32,
                 "BLOCK_C": TURN_COLUMNS[16 if dtype == "bf16" else 32], "PRECISION": "ieee",
             }  # fmt: skip
             if dtype == "fp32":
@@ -313,7 +315,7 @@ def _around_decode(target: Target) -> Iterator[Build]:
     for split in (False, True):
         features = ("pseudo", "fault", "split") if split else ()
         types = {"tensors": pointers(CombineTensors, "bf16"), "extras": _extras(features, "bf16")}
-        constants = {"UNIT": unit_of(128), "E": 128, "BLOCK_E": 128, "GROUP": GROUP, "BLOCK_R": 32, "SPLIT": split}
+        constants = {"UNIT": _unit(128), "E": 128, "BLOCK_E": 128, "GROUP": GROUP, "BLOCK_R": 32, "SPLIT": split}
         name = "attention_decode_combine" + (" split" if split else "")
         yield _build(
             name, attention_decode_combine, target, configs.AROUND_DECODE, types, constants, 0, gate and split
